@@ -1,0 +1,42 @@
+# Every target makes its own virtual environment; nothing needs to be prepared.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+# The CPU build on machines where that is what pip finds; a GPU user installs their own torch first (README).
+TORCH := torch==2.13.0
+OUT ?= results/demo
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
+	@echo "make clean  remove the virtual environment and build products"
+
+# torch first and pinned, then the project against it: an unpinned torch or an isolated build fetches gigabytes.
+$(VENV)/.installed: pyproject.toml setup.py
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PIP) install "setuptools>=77" wheel numpy
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PIP) install $(TORCH)
+	$(PIP) install --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(PYTHON) -m examples.demo --out $(OUT)
+
+test: $(VENV)/.installed
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.layer_step
+	$(PYTHON) -m benchmarks.dither_table
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,38 @@
+"""Dual LoRA fine-tuning (arXiv 2512.03402) without materialising the update.
+
+ΔW = α/√(r1·r2) · ReLU(B A) ⊙ Sign(D C) adapts a frozen linear layer. `DualLoraLinear` stands in for ``nn.Linear``,
+`apply_dual_lora` adapts a model, `merge_dual_lora` turns it back into plain layers. Start with the README; the formulas
+are in `dual_lora_kernels.reference`.
+"""
+
+from .backends import available_backends, set_default_backend
+from .checkpoint import dual_lora_state_dict, load_dual_lora, load_dual_lora_state_dict, save_dual_lora
+from .config import DualLoraConfig
+from .functional import dual_lora_delta, dual_lora_linear, dual_lora_merge_
+from .linear import DualLoraLinear
+from .model import apply_dual_lora, merge_dual_lora
+from .panels import set_workspace_bytes, workspace_bytes
+from .parameter_groups import dual_lora_parameter_groups
+from .warmup import DualLoraWarmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DualLoraConfig",
+    "DualLoraLinear",
+    "DualLoraWarmup",
+    "apply_dual_lora",
+    "available_backends",
+    "dual_lora_delta",
+    "dual_lora_linear",
+    "dual_lora_merge_",
+    "dual_lora_parameter_groups",
+    "dual_lora_state_dict",
+    "load_dual_lora",
+    "load_dual_lora_state_dict",
+    "merge_dual_lora",
+    "save_dual_lora",
+    "set_default_backend",
+    "set_workspace_bytes",
+    "workspace_bytes",
+]

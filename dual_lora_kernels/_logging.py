@@ -1,0 +1,21 @@
+"""The package's logger: what was adapted and which backend runs reach the user without any set-up."""
+
+from __future__ import annotations
+
+import logging
+
+
+class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, unless the application has configured logging itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+logger = logging.getLogger("dual_lora_kernels")
+if not logger.handlers:
+    _handler = _StandardError()
+    _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+    logger.addHandler(_handler)
+    logger.setLevel(logging.INFO)

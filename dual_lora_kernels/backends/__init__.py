@@ -1,0 +1,59 @@
+"""Backends and the choice between them."""
+
+from __future__ import annotations
+
+import torch
+
+from .._logging import logger
+from .base import Backend, FactorGradients, Factors
+from .eager import EagerBackend
+
+__all__ = ["Backend", "FactorGradients", "Factors", "available_backends", "resolve_backend", "set_default_backend"]
+
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EagerBackend(),)}
+"""In order of preference for ``"auto"``."""
+_default = "auto"
+_announced: set[tuple[str, str]] = set()
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that this installation has, in the order in which ``"auto"`` tries them."""
+    return list(_BACKENDS)
+
+
+def check_backend_name(name: str) -> None:
+    """Raise ValueError unless `name` is a backend of this installation or ``"auto"``."""
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, ['auto', *_BACKENDS]))}")
+
+
+def set_default_backend(name: str) -> None:
+    """Choose the backend of calls that name none: ``"auto"`` (the first that serves the call) or a backend's name."""
+    global _default
+    check_backend_name(name)
+    _default = name
+
+
+def default_backend() -> str:
+    """What `set_default_backend` chose; ``"auto"`` at first."""
+    return _default
+
+
+def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> Backend:
+    """The backend that serves a call.
+
+    Raises ValueError where `name` is unknown, or cannot serve the call, with the backend's own reason. ``"auto"`` tries
+    them in order and logs, once per device type, which one runs and why others do not.
+    """
+    check_backend_name(name)
+    reasons: list[str] = []
+    for candidate in _BACKENDS.values() if name == "auto" else (_BACKENDS[name],):
+        reason = candidate.supports(device, compute_dtype, factor_dtype)
+        if reason is None:
+            if (candidate.name, device.type) not in _announced:
+                _announced.add((candidate.name, device.type))
+                passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
+                logger.info("backend '%s' runs on %s%s", candidate.name, device.type, passed_over)
+            return candidate
+        reasons.append(f"'{candidate.name}': {reason}")
+    raise ValueError(f"backend: got {name!r}, which does not serve this call: {'; '.join(reasons)}")

@@ -1,0 +1,87 @@
+"""What a backend is: two primitives over one block of the weight. Everything above them is device-agnostic."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Factors(NamedTuple):
+    """The four factors of a block: A [r1, k], B [n, r1], C [r2, k], D [n, r2], one dtype, and the scale s (0-dim)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    scale: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> Factors:
+        """The factors of rows start … stop of the block."""
+        return self._replace(B=self.B[start:stop], D=self.D[start:stop])
+
+    def columns(self, start: int, stop: int) -> Factors:
+        """The factors of columns start … stop of the block."""
+        return self._replace(A=self.A[:, start:stop], C=self.C[:, start:stop])
+
+
+class FactorGradients(NamedTuple):
+    """Accumulators for the factors' gradients, fp32 or fp64; None where a gradient is not wanted."""
+
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+    C: torch.Tensor | None
+    D: torch.Tensor | None
+
+    def rows(self, start: int, stop: int) -> FactorGradients:
+        """The accumulators of rows start … stop of the block."""
+        return self._replace(
+            B=None if self.B is None else self.B[start:stop], D=None if self.D is None else self.D[start:stop]
+        )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any gradient is to be computed."""
+        return any(accumulator is not None for accumulator in self)
+
+
+class Backend(Protocol):
+    """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept."""
+
+    name: str
+
+    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+        """None if the backend serves such a call, else the reason why not, in words."""
+
+    def temporaries(self, workspace: int, device: torch.device) -> int:
+        """Bytes of the workspace that the primitives need for themselves, besides the block they read or write."""
+
+    def effective_weight(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor | None,
+        factors: Factors,
+        row0: int,
+        col0: int,
+        rounding: str,
+        workspace: int,
+    ) -> None:
+        """Write round(W0 + ΔW) of one block into `out` [n, k] (any strides; may be `weight` itself).
+
+        `weight` [n, k] may have another dtype than `out`, and is None for the update alone. `row0`, `col0` place the
+        block in the full weight, for the dither. `workspace` bounds temporaries, in bytes.
+        """
+
+    def factor_gradients(
+        self,
+        h: torch.Tensor,
+        factors: Factors,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        workspace: int,
+    ) -> None:
+        """Add one block's contributions to `gradients`, from its complete H = Gᵀ X [n, k].
+
+        `h` is contiguous, fp32 or fp64, and may be overwritten.
+        """

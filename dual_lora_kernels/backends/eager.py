@@ -1,0 +1,135 @@
+"""Plain PyTorch: `reference`'s formulas in place, over row chunks that stay in cache. Runs on every device.
+
+Every intermediate lives in scratch that is allocated once a block. On a CPU that matters more than the arithmetic:
+with fresh temporaries the page faults made generating W 3 times slower (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import reference, rounding
+from .base import FactorGradients, Factors
+
+_BUFFERS = 4
+"""Chunk-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and the masks and casts."""
+_CPU_CHUNK_BYTES = 1024 * 1024
+"""Bytes of one temporary on a CPU: the size of an L2 cache (docs/decisions.md)."""
+
+
+class EagerBackend:
+    """The backend that is always there, and the fallback."""
+
+    name = "eager"
+
+    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+        return None
+
+    def temporaries(self, workspace: int, device: torch.device) -> int:
+        return min(workspace // 2, _BUFFERS * _CPU_CHUNK_BYTES) if device.type == "cpu" else workspace // 2
+
+    def effective_weight(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor | None,
+        factors: Factors,
+        row0: int,
+        col0: int,
+        rounding_mode: str,
+        workspace: int,
+    ) -> None:
+        dithers = rounding.is_dithered(out.dtype, rounding_mode)
+        for start, stop, p, q, bits in self._chunks(out, factors, workspace, torch.int32 if dithers else None):
+            update = _update(factors.rows(start, stop), p, q)
+            target = out[start:stop]
+            total = update if weight is None else _add(weight[start:stop], update)
+            if dithers:
+                total = rounding.dither_(total.to(torch.float32), out.dtype, row0 + start, col0, bits)
+            target.copy_(total)
+
+    def factor_gradients(
+        self,
+        h: torch.Tensor,
+        factors: Factors,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        workspace: int,
+    ) -> None:
+        wide = Factors(*(f.to(h.dtype) for f in factors[:4]), factors.scale)
+        for start, stop, p, q, grad_q in self._chunks(h, factors, workspace, h.dtype):
+            part, grads = wide.rows(start, stop), gradients.rows(start, stop)
+            grad_p = _product_gradients(h[start:stop], factors.rows(start, stop), p, q, grad_q, ste, clip_bound)
+            _contract(grad_p, part.B, part.A, grads.B, grads.A)
+            _contract(grad_q, part.D, part.C, grads.D, grads.C)
+
+    def _chunks(
+        self, block: torch.Tensor, factors: Factors, workspace: int, third: torch.dtype | None
+    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Row ranges of `block`, each with scratch of its shape: two for P and Q, one of dtype `third` (empty if None)."""
+        rows, cols = block.shape
+        dtype = reference.accumulation_dtype(factors.A.dtype)
+        bytes_each = self.temporaries(workspace, block.device) // _BUFFERS
+        step = min(rows, max(1, bytes_each // (dtype.itemsize * max(1, cols))))
+        scratch = [block.new_empty(step * cols, dtype=dtype) for _ in range(2)]
+        scratch.append(block.new_empty(step * cols if third else 0, dtype=third))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            p, q, last = (s[: (stop - start) * cols].view(-1, cols) if len(s) else s for s in scratch)
+            yield start, stop, p, q, last
+
+
+def _sign_(q: torch.Tensor, magnitude: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """`reference.sign` in place, times `magnitude`: exactly 2m − m or 0 − m. Faster than torch.where or copysign."""
+    return q.gt_(0).mul_(2 * magnitude).sub_(magnitude)
+
+
+def _update(factors: Factors, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`reference.delta` of one chunk, in p's storage; q is overwritten. One rounding, as there: max(P, 0) · ±s."""
+    reference.rank_product(factors.B, factors.A, p)
+    reference.rank_product(factors.D, factors.C, q)
+    return p.relu_().mul_(_sign_(q, factors.scale))
+
+
+def _add(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """W0 + ΔW, in the update's storage unless W0 is wider."""
+    if torch.promote_types(weight.dtype, update.dtype) != update.dtype:
+        return weight + update
+    return update.add_(weight)
+
+
+def _product_gradients(
+    h: torch.Tensor,
+    factors: Factors,
+    p: torch.Tensor,
+    q: torch.Tensor,
+    grad_q: torch.Tensor,
+    ste: str,
+    clip_bound: float,
+) -> torch.Tensor:
+    """`reference.product_gradients` of one chunk: writes ∂Q into `grad_q`, returns ∂P in h's storage."""
+    reference.rank_product(factors.B, factors.A, p).relu_()
+    reference.rank_product(factors.D, factors.C, q)
+    h.mul_(factors.scale)
+    torch.mul(h, p, out=grad_q)
+    if ste == "clip":
+        grad_q.clamp_(-clip_bound, clip_bound)
+    else:
+        grad_q.copy_(reference.estimator_gradient(grad_q, q, ste))
+    return h.mul_(_sign_(q)).mul_(p.gt_(0))
+
+
+def _contract(
+    grad: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    grad_up: torch.Tensor | None,
+    grad_down: torch.Tensor | None,
+) -> None:
+    """Gradients of a product up [n, r] @ down [r, k] from the product's gradient [n, k], added where wanted."""
+    if grad_up is not None:
+        grad_up.addmm_(grad, down.t())
+    if grad_down is not None:
+        grad_down.addmm_(up.t(), grad)

@@ -1,0 +1,61 @@
+"""`DualLoraConfig`: which layers to adapt, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .validation import check_dtype, check_hyperparameters
+
+ALL_LINEAR = "all-linear"
+"""`DualLoraConfig.target_modules` that means every adaptable linear layer but the output head."""
+
+
+@dataclass(frozen=True)
+class DualLoraConfig:
+    """How `apply_dual_lora` adapts a model.
+
+    Args:
+        target_modules: ``"all-linear"``: every adaptable linear layer except the output head and layers whose weight is
+            tied to another module's. A list of names: each a layer's full name or the end of it after a dot
+            (``["q_proj", "v_proj"]``). Any other string: a regular expression that must match the full name.
+        r1, r2, alpha, dropout, init_std, ste, rounding, clip_bound, adapter_dtype: see `DualLoraLinear`.
+
+    Raises:
+        ValueError, TypeError: a field is out of range; the message names it.
+    """
+
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    r1: int = 16
+    r2: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    init_std: float = 0.02
+    ste: str = "clip"
+    rounding: str = "dither"
+    clip_bound: float = 1.0
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        options = self.layer_options()
+        adapter_dtype = options.pop("adapter_dtype")
+        check_hyperparameters(**options)
+        if adapter_dtype is not None:
+            check_dtype("adapter_dtype", adapter_dtype)
+        targets = self.target_modules
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules: got {targets!r}, expected a regular expression: {error}") from None
+        elif not targets or not all(isinstance(target, str) and target for target in targets):
+            raise ValueError(f"target_modules: got {targets!r}, expected names of layers or their last parts")
+
+    def layer_options(self) -> dict[str, Any]:
+        """The keyword arguments of `DualLoraLinear.from_linear`."""
+        names = ("r1", "r2", "alpha", "dropout", "init_std", "ste", "rounding", "clip_bound", "adapter_dtype")
+        return {name: getattr(self, name) for name in names}

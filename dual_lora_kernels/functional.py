@@ -1,0 +1,219 @@
+"""The functional interface: `dual_lora_linear` and its autograd function, the materialised update, merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import reference
+from .backends import check_backend_name, default_backend
+from .ops import NAMESPACE
+from .validation import (
+    ROUNDINGS,
+    as_scale_tensor,
+    check_choice,
+    check_dtype,
+    check_estimator,
+    check_factors,
+    check_scale_value,
+    check_weight,
+)
+
+_ops: Any = getattr(torch.ops, NAMESPACE)
+
+
+class DualLoraFunction(torch.autograd.Function):
+    """Y = X round(W0 + ΔW)ᵀ + b for 2-D X, with the gradients of `reference.linear_gradients`.
+
+    Saves the input and the parameters, never anything of the weight's size. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        C: torch.Tensor,
+        D: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor,
+        ste: str,
+        clip_bound: float,
+        rounding: str,
+        backend: str,
+    ) -> torch.Tensor:
+        # The input is needed for parameters' gradients only; nobody should pay for keeping it otherwise.
+        kept_input = input if any(ctx.needs_input_grad[1:6]) else None
+        ctx.save_for_backward(kept_input, weight, A, B, C, D, scale)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.ste, ctx.clip_bound, ctx.rounding, ctx.backend = ste, clip_bound, rounding, backend
+        out: torch.Tensor = _ops.linear(input, weight, A, B, C, D, scale, bias, rounding, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        input, weight, A, B, C, D, scale = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        factors = (A, B, C, D, scale)
+        grad_input = grad_bias = None
+        grads: list[torch.Tensor | None] = [None] * 5
+        if needs[0]:
+            grad_input = _ops.input_gradient(grad, weight, *factors, ctx.rounding, ctx.backend)
+        wanted = [*needs[2:6], needs[1]]
+        if any(wanted):
+            weight_dtype = grad.dtype if weight is None else weight.dtype
+            computed = iter(
+                _ops.parameter_gradients(
+                    grad, input, *factors, ctx.ste, ctx.clip_bound, wanted, weight_dtype, ctx.backend
+                )
+            )
+            grads = [next(computed) if want else None for want in wanted]
+        if needs[6]:
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        grad_A, grad_B, grad_C, grad_D, grad_weight = grads
+        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None, None, None
+
+
+def dual_lora_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    scale: float | torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ste: str = "clip",
+    rounding: str = "dither",
+    backend: str | None = None,
+    clip_bound: float = 1.0,
+) -> torch.Tensor:
+    """Linear layer with a Dual LoRA update: ``input @ round(weight + ΔW).T + bias`` (arXiv 2512.03402, section 3.1).
+
+    ΔW = scale · max(B A, 0) ⊙ sgn(D C), with sgn(0) = −1, is rebuilt tile by tile in a bounded workspace in every pass
+    and never materialised.
+
+    Args:
+        input: [..., in_features], fp32, fp64, bf16 or fp16. Its dtype is the compute dtype; under autocast, autocast's.
+        weight: W0 [out_features, in_features], any strides, of any of these dtypes; read as it is, never cast whole.
+            None computes the update's contribution alone.
+        A, B: magnitude group, [r1, in_features] and [out_features, r1].
+        C, D: direction group, [r2, in_features] and [out_features, r2]. The four share a dtype (fp32 is usual even on a
+            bf16 base); their products and gradients accumulate in fp32, in fp64 for fp64 factors.
+        scale: s = α/√(r1·r2), a number or a 0-dim fp32/fp64 tensor. Pass a tensor and change it in place to warm up
+            without recompiling.
+        bias: [out_features] or None.
+        ste: gradient of the sign: ``"clip"`` (the paper's), ``"dorefa"`` or ``"xnor"`` (its ablation).
+        rounding: of W0 + ΔW to bf16 or fp16: ``"dither"`` keeps updates below half an ulp of W0 alive, unbiased;
+            ``"nearest"`` deletes them (docs/numerics.md). fp32 and fp64 round to nearest.
+        backend: a name from `available_backends`, ``"auto"``, or None for the default (`set_default_backend`).
+        clip_bound: bound of ``ste="clip"``; 1 in the paper. A loss scaled by a GradScaler is clipped scaled.
+
+    Returns:
+        [..., out_features] in the compute dtype. Differentiable once with respect to every tensor but `scale`.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, rank, dtype, device, name or number is not as above; the message
+            names the argument, its value and what was expected.
+        NotImplementedError: under a functorch transform (vmap, grad, …), or from a double backward.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "dual_lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, …): its kernels are "
+            "opaque to them. Use autograd's backward, one call per sample where vmap was meant."
+        )
+    check_estimator(ste, clip_bound)
+    check_choice("rounding", rounding, ROUNDINGS)
+    backend = default_backend() if backend is None else backend
+    check_backend_name(backend)
+    in_features, out_features = check_factors(A, B, C, D)
+    if weight is not None:
+        check_weight(weight, A, in_features, out_features)
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, expected [..., in_features] with in_features = "
+            f"{in_features}, from A"
+        )
+    if input.device != A.device:
+        raise ValueError(f"input.device: got {input.device}, expected {A.device}, where A is")
+    check_dtype("input.dtype", input.dtype)
+    if bias is not None:
+        check_dtype("bias.dtype", bias.dtype)
+        if tuple(bias.shape) != (out_features,):
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [out_features] = [{out_features}], from B")
+        if bias.device != A.device:
+            raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
+    scale = as_scale_tensor(scale, A)
+
+    input = input.to(compute_dtype(input))
+    rows = input.reshape(-1, in_features)
+    differentiable = (rows, weight, A, B, C, D, bias)
+    out: torch.Tensor
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        out = DualLoraFunction.apply(*differentiable, scale, ste, clip_bound, rounding, backend)
+    else:
+        out = _ops.linear(rows, weight, A, B, C, D, scale, bias, rounding, backend)
+    return out.view(*input.shape[:-1], out_features)
+
+
+def compute_dtype(input: torch.Tensor) -> torch.dtype:
+    """The dtype that a call on `input` computes in: autocast's where it is active and applies, else the input's."""
+    device_type = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
+
+
+@torch.no_grad()
+def dual_lora_delta(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    scale: float | torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """ΔW [out_features, in_features] as a tensor, for export and inspection: training never needs it.
+
+    Computed in fp32 (fp64 for fp64 factors) and rounded to nearest to `dtype` (default: the factors'). Raises as
+    `dual_lora_linear` does.
+    """
+    check_factors(A, B, C, D)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    scale = as_scale_tensor(scale, A)
+    check_scale_value(scale)
+    return reference.effective_weight(None, A, B, C, D, scale, dtype or A.dtype, "nearest")
+
+
+@torch.no_grad()
+def dual_lora_merge_(
+    weight: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    rounding: str = "dither",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Write round(W0 + ΔW) over `weight` [out_features, in_features], block by block, and return it.
+
+    With the forward pass's `rounding`, these are bit for bit the weights that a forward pass in the weight's dtype
+    used. Raises as `dual_lora_linear` does, and ValueError where a factor is not finite, before anything is changed.
+    """
+    check_choice("rounding", rounding, ROUNDINGS)
+    backend = default_backend() if backend is None else backend
+    check_backend_name(backend)
+    check_weight(weight, A, *check_factors(A, B, C, D))
+    scale = as_scale_tensor(scale, A)
+    for name, factor in (("A", A), ("B", B), ("C", C), ("D", D)):
+        if not factor.isfinite().all():
+            raise ValueError(f"{name}: got values that are not finite, expected a trained factor; nothing was merged")
+    _ops.merge_(weight, A, B, C, D, scale, rounding, backend)
+    return weight

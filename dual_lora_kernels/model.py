@@ -1,0 +1,117 @@
+"""Adapting a whole model, and turning it back into plain linear layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from ._logging import logger
+from .config import DualLoraConfig
+from .linear import DualLoraLinear, dual_lora_layers
+from .targets import find_targets, shared_weights
+
+
+def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
+    """Replace the layers that `config` names by `DualLoraLinear` in place, freeze the rest, and return `model`.
+
+    The base weights are shared with the replaced layers, not copied. Says on the package's logger what was matched.
+
+    Raises:
+        ValueError: nothing matches, a name matches nothing, a named layer cannot be adapted, the model has Dual LoRA
+            layers already, or is a linear layer itself. Nothing has been changed then.
+    """
+    if next(dual_lora_layers(model), None) is not None:
+        raise ValueError(
+            f"model: got {type(model).__name__} with Dual LoRA layers, expected one without; merge them first"
+        )
+    if isinstance(model, nn.Linear):
+        raise ValueError("model: got a linear layer itself, expected a model; use DualLoraLinear.from_linear")
+    chosen, refused = find_targets(model, config.target_modules)
+    adapt(model, {name: (module, config) for name, module in chosen.items()})
+    _report(model, list(chosen), refused)
+    return model
+
+
+def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]]) -> None:
+    """Put an adapted layer in the place of each chosen one and freeze everything but the adapters.
+
+    All are built before the first is put in place.
+    """
+    built: dict[int, DualLoraLinear] = {}
+    for module, config in chosen.values():
+        if id(module) not in built:
+            built[id(module)] = DualLoraLinear.from_linear(module, **config.layer_options())
+    model.requires_grad_(False)
+    for name, (module, _) in chosen.items():
+        replace_module(model, name, built[id(module)])
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` at the dotted `name` in `model`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
+def merge_dual_lora(model: nn.Module) -> nn.Module:
+    """Replace every `DualLoraLinear` in place by a plain layer with the merged weight, and return `model`.
+
+    The plain layer is an ``nn.Linear``, or transformers' Conv1D where that was adapted, so the state has the names and
+    shapes of the original model's. Weights are merged in their own storage, block by block; a weight tied to another
+    module is copied first. Gradients stay off for the merged weights as they were.
+
+    Raises:
+        ValueError: the model has no Dual LoRA layers, or an adapter or scale is not finite. Nothing has been changed.
+    """
+    layers = list(dual_lora_layers(model))
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to merge")
+    for name, layer in layers:
+        for tensor_name in ("A", "B", "C", "D", "scale"):
+            if not getattr(layer, tensor_name).isfinite().all():
+                raise ValueError(f"{name}.{tensor_name}: got values that are not finite; nothing was merged")
+    tied = shared_weights(model)
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, DualLoraLinear):
+            places.setdefault(id(module), []).append(name)
+    for _, layer in layers:
+        if id(layer.weight) in tied:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+        plain = _plain(layer)
+        for name in places[id(layer)]:
+            replace_module(model, name, plain)
+    return model
+
+
+def _plain(layer: DualLoraLinear) -> nn.Module:
+    """A plain layer around `layer`'s own weight, which is merged if it was not."""
+    if not layer.merged:
+        layer._merge_into(layer._oriented_weight().detach())
+    if layer.transposed:
+        from transformers.pytorch_utils import Conv1D  # the layer came from there
+
+        with torch.device("meta"):
+            plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    plain.register_parameter("weight", layer.weight)
+    plain.register_parameter("bias", layer.bias)
+    return plain.train(layer.training)
+
+
+def _report(model: nn.Module, names: list[str], refused: dict[str, str]) -> None:
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    left = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
+    logger.info(
+        "adapted %d layers: %s; %s of %s parameters train (%.2f %%)%s",
+        len(names),
+        ", ".join(f"{kind} x {count}" for kind, count in kinds.items()),
+        f"{trainable:,}",
+        f"{total:,}",
+        100 * trainable / total,
+        f"; left alone: {left}" if left else "",
+    )

@@ -1,0 +1,147 @@
+"""The three passes of a Dual LoRA layer, panel by panel in a bounded workspace.
+
+A backend writes W for a panel of rows (or columns) into a buffer, the vendor's matrix product consumes it, then the
+next panel. Neither W nor ΔW nor H is ever whole in memory, and every large product runs at the vendor's speed.
+Shapes: X [M, K], G [M, N], W0 [N, K]; M tokens, K = in_features, N = out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .backends.base import Backend, FactorGradients, Factors
+from .reference import accumulation_dtype
+from .validation import check_positive_int
+
+DEFAULT_WORKSPACE_BYTES = 32 * 1024 * 1024
+_workspace_bytes = DEFAULT_WORKSPACE_BYTES
+
+
+def set_workspace_bytes(count: int) -> None:
+    """Bound the temporary memory of a call, in bytes (default 32 MiB).
+
+    A panel takes at least one row or column, so the bound is exceeded where that alone is larger.
+    """
+    global _workspace_bytes
+    check_positive_int("count", count)
+    _workspace_bytes = count
+
+
+def workspace_bytes() -> int:
+    """The bound that `set_workspace_bytes` set."""
+    return _workspace_bytes
+
+
+def _panels(extent: int, bytes_per_line: int, budget: int) -> list[tuple[int, int]]:
+    """Split `extent` lines into as few, nearly equal panels of at most `budget` bytes as possible."""
+    largest = max(1, budget // max(1, bytes_per_line))
+    count = -(-extent // largest)
+    return [(extent * i // count, extent * (i + 1) // count) for i in range(count)]
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    bias: torch.Tensor | None,
+    rounding: str,
+    backend: Backend,
+) -> torch.Tensor:
+    """Y = X Wᵀ + b, [M, N], over row panels of W."""
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    y = x.new_empty(x.shape[0], out_features)
+    if x.shape[0] == 0:
+        return y
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, x.device)
+    panels = _panels(out_features, in_features * x.itemsize, budget)
+    buffer = x.new_empty(max(stop - start for start, stop in panels), in_features)
+    for start, stop in panels:
+        panel = buffer[: stop - start]
+        base = None if weight is None else weight[start:stop]
+        backend.effective_weight(panel, base, factors.rows(start, stop), start, 0, rounding, _workspace_bytes)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, panel.t(), out=y[:, start:stop])
+    return y
+
+
+def input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor | None, factors: Factors, rounding: str, backend: Backend
+) -> torch.Tensor:
+    """∂X = G W, [M, K], over column panels of W: no accumulation, so no rounding beyond the product's own."""
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    grad_x = grad.new_empty(grad.shape[0], in_features)
+    if grad.shape[0] == 0:
+        return grad_x
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, grad.device)
+    panels = _panels(in_features, out_features * grad.itemsize, budget)
+    buffer = grad.new_empty(max(stop - start for start, stop in panels) * out_features)
+    for start, stop in panels:
+        panel = buffer[: out_features * (stop - start)].view(out_features, stop - start)
+        base = None if weight is None else weight[:, start:stop]
+        backend.effective_weight(panel, base, factors.columns(start, stop), 0, start, rounding, _workspace_bytes)
+        torch.mm(grad, panel, out=grad_x[:, start:stop])
+    return grad_x
+
+
+def parameter_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    factors: Factors,
+    ste: str,
+    clip_bound: float,
+    gradients: FactorGradients,
+    grad_weight: torch.Tensor | None,
+    backend: Backend,
+) -> None:
+    """Accumulate the factors' gradients, and write ∂W0 = H into `grad_weight` if given, over row panels of H = Gᵀ X.
+
+    Each panel of H is complete over all M tokens before it is used, as the clipping estimator needs.
+    """
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    dtype = accumulation_dtype(torch.promote_types(x.dtype, factors.A.dtype))
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, x.device)
+    cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
+    panels = _panels(out_features, in_features * dtype.itemsize, budget - cast_budget)
+    buffer = x.new_empty((max(stop - start for start, stop in panels), in_features), dtype=dtype)
+    for start, stop in panels:
+        h = buffer[: stop - start]
+        _token_product(grad[:, start:stop], x, h, cast_budget)
+        if grad_weight is not None:
+            grad_weight[start:stop].copy_(h)
+        if gradients.wanted:
+            backend.factor_gradients(
+                h, factors.rows(start, stop), ste, clip_bound, gradients.rows(start, stop), _workspace_bytes
+            )
+
+
+def merge_(weight: torch.Tensor, factors: Factors, rounding: str, backend: Backend) -> None:
+    """W0 ← round(W0 + ΔW) in place, over row panels: the bits that `forward` uses in the weight's dtype."""
+    for start, stop in _panels(weight.shape[0], weight.shape[1] * weight.itemsize, _workspace_bytes):
+        rows = weight[start:stop]
+        backend.effective_weight(rows, rows, factors.rows(start, stop), start, 0, rounding, _workspace_bytes)
+
+
+def _product_reaches(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the vendor's product of two `x.dtype` operands can write `dtype` without a rounding in between."""
+    return x.dtype == dtype or (x.device.type == "cuda" and dtype == torch.float32)
+
+
+def _token_product(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, cast_budget: int) -> None:
+    """out [n, K] = gradᵀ [n, M] x [M, K], accumulated and returned in `out`'s dtype."""
+    if x.dtype == out.dtype:
+        torch.mm(grad.t(), x, out=out)
+    elif _product_reaches(x, out.dtype):
+        torch.ops.aten.mm.dtype_out(grad.t(), x, out.dtype, out=out)
+    else:
+        out.zero_()
+        for start, stop in _token_chunks(x.shape[0], (grad.shape[1] + x.shape[1]) * out.itemsize, cast_budget):
+            out.addmm_(grad[start:stop].t().to(out.dtype), x[start:stop].to(out.dtype))
+
+
+def _token_chunks(tokens: int, bytes_per_token: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Token ranges whose widened operands fit in `budget` bytes."""
+    yield from _panels(tokens, bytes_per_token, budget) if tokens else ()

@@ -1,0 +1,51 @@
+"""Optimiser parameter groups: magnitude and direction factors apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .linear import dual_lora_layers
+from .validation import check_number
+
+
+def dual_lora_parameter_groups(
+    model: nn.Module, lr: float, *, direction_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` as groups for an optimiser.
+
+    Args:
+        lr: learning rate of the magnitude group (A, B) and of whatever else trains.
+        direction_lr: learning rate of the direction group (C, D); default `lr`.
+        weight_decay: of the other trainable parameters only. Decay shrinks P without bound and never changes sgn(Q), so
+            the factors are left out.
+
+    Returns:
+        Up to three groups named ``"magnitude"``, ``"direction"`` and ``"other"``, each with its ``lr`` and
+        ``weight_decay``; empty ones are left out and every trainable parameter is in exactly one.
+
+    Raises:
+        ValueError: a rate is negative or not finite, or the model has no Dual LoRA layers.
+    """
+    check_number("lr", lr, 0.0)
+    check_number("weight_decay", weight_decay, 0.0)
+    if direction_lr is not None:
+        check_number("direction_lr", direction_lr, 0.0)
+    layers = [layer for _, layer in dual_lora_layers(model)]
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
+    magnitude = [p for layer in layers for p in (layer.A, layer.B)]
+    direction = [p for layer in layers for p in (layer.C, layer.D)]
+    grouped = {id(p) for p in (*magnitude, *direction)}
+    other = [p for p in model.parameters() if id(p) not in grouped]
+    groups = (
+        ("magnitude", magnitude, lr, 0.0),
+        ("direction", direction, lr if direction_lr is None else direction_lr, 0.0),
+        ("other", other, lr, weight_decay),
+    )
+    return [
+        {"name": name, "params": trainable, "lr": rate, "weight_decay": decay}
+        for name, parameters, rate, decay in groups
+        if (trainable := [p for p in parameters if p.requires_grad])
+    ]

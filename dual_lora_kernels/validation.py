@@ -1,0 +1,134 @@
+"""Checks of arguments. Every message names the argument, the value it got and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
+ROUNDINGS = ("dither", "nearest")
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a positive integer")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected a positive integer")
+
+
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite and low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = "" if math.isinf(low) and math.isinf(high) else f" in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: got {value!r}, expected a finite number{bounds}")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise TypeError unless the dtype is one that the package computes with."""
+    if dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(str(d) for d in SUPPORTED_DTYPES)
+        raise TypeError(f"{name}: got {dtype}, expected one of {supported}")
+
+
+def check_hyperparameters(
+    *, r1: int, r2: int, alpha: float, dropout: float, init_std: float, ste: str, clip_bound: float, rounding: str
+) -> None:
+    """Check what a layer and a configuration have in common; ValueError or TypeError names the field."""
+    check_positive_int("r1", r1)
+    check_positive_int("r2", r2)
+    check_number("alpha", alpha)
+    check_number("dropout", dropout, 0.0, 1.0)
+    check_number("init_std", init_std, 0.0)
+    check_estimator(ste, clip_bound)
+    check_choice("rounding", rounding, ROUNDINGS)
+
+
+def check_estimator(ste: str, clip_bound: float) -> None:
+    """Check the straight-through estimator's name and the bound that ``"clip"`` clips to."""
+    check_choice("ste", ste, STRAIGHT_THROUGH_ESTIMATORS)
+    check_number("clip_bound", clip_bound, 0.0)
+
+
+def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor) -> tuple[int, int]:
+    """Check the four factors against each other and return (in_features, out_features).
+
+    Raises TypeError for a dtype that is unsupported or differs, ValueError for shapes, ranks and devices.
+    """
+    for name, factor in (("A", A), ("B", B), ("C", C), ("D", D)):
+        check_dtype(f"{name}.dtype", factor.dtype)
+        if factor.dtype != A.dtype:
+            raise TypeError(f"{name}.dtype: got {factor.dtype}, expected {A.dtype}, which A has")
+        if factor.device != A.device:
+            raise ValueError(f"{name}.device: got {factor.device}, expected {A.device}, where A is")
+        if factor.dim() != 2:
+            raise ValueError(f"{name}: got shape {tuple(factor.shape)}, expected two dimensions")
+    in_features, out_features = A.shape[1], B.shape[0]
+    for rank_name, down_name, down, up_name, up in (("r1", "A", A, "B", B), ("r2", "C", C, "D", D)):
+        if down.shape[0] < 1:
+            raise ValueError(f"{down_name}: got shape {tuple(down.shape)}, expected a rank {rank_name} of at least 1")
+        if up.shape[1] != down.shape[0]:
+            raise ValueError(
+                f"{up_name}: got shape {tuple(up.shape)}, expected [out_features, {rank_name}] with {rank_name} = "
+                f"{down.shape[0]}, from {down_name} of shape {tuple(down.shape)}"
+            )
+        if down.shape[1] != in_features:
+            raise ValueError(
+                f"{down_name}: got shape {tuple(down.shape)}, expected [{rank_name}, in_features] with in_features = "
+                f"{in_features}, from A"
+            )
+        if up.shape[0] != out_features:
+            raise ValueError(
+                f"{up_name}: got shape {tuple(up.shape)}, expected [out_features, {rank_name}] with out_features = "
+                f"{out_features}, from B"
+            )
+    return in_features, out_features
+
+
+def check_weight(weight: torch.Tensor, A: torch.Tensor, in_features: int, out_features: int) -> None:
+    """Check a base weight [out_features, in_features] against the factors."""
+    check_dtype("weight.dtype", weight.dtype)
+    if tuple(weight.shape) != (out_features, in_features):
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected [out_features, in_features] = "
+            f"{[out_features, in_features]}, from B and A"
+        )
+    if weight.device != A.device:
+        raise ValueError(f"weight.device: got {weight.device}, expected {A.device}, where A is")
+
+
+def as_scale_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return the update's scale s as a 0-dim tensor on the factors' device.
+
+    A Python number becomes fp64 beside fp64 factors and fp32 otherwise. A tensor is passed on as it is, so that a
+    change in place is seen by compiled graphs and captured CUDA graphs.
+    """
+    if not isinstance(scale, torch.Tensor):
+        check_number("scale", scale)
+        return torch.full((), scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    if scale.dim() != 0:
+        raise ValueError(f"scale: got a tensor of shape {tuple(scale.shape)}, expected a 0-dim tensor or a number")
+    if scale.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"scale.dtype: got {scale.dtype}, expected torch.float32 or torch.float64")
+    if scale.requires_grad:
+        raise ValueError("scale: got a tensor that requires grad, expected a constant: no gradient is defined for it")
+    if scale.device != like.device:
+        raise ValueError(f"scale.device: got {scale.device}, expected {like.device}, where A is")
+    return scale
+
+
+def check_scale_value(scale: torch.Tensor) -> None:
+    """Raise ValueError if a scale that can be read without waiting for a device is NaN or infinite."""
+    if scale.device.type == "cpu" and not math.isfinite(scale.item()):
+        raise ValueError(f"scale: got {scale.item()!r}, expected a finite number")
