@@ -30,7 +30,8 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     """Raise TypeError unless `value` is a number, ValueError unless it is finite and low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-    if not math.isfinite(value) or not low <= value <= high:
+    # Comparisons rather than math.isfinite, which torch.compile cannot trace for a dynamic float.
+    if not (-math.inf < value < math.inf and low <= value <= high):
         bounds = "" if math.isinf(low) and math.isinf(high) else f" in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: got {value!r}, expected a finite number{bounds}")
 

@@ -16,6 +16,11 @@ class Factors(NamedTuple):
     D: torch.Tensor
     scale: torch.Tensor
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The factors in `dtype`; the scale as it is."""
+        A, B, C, D = (factor.to(dtype) for factor in self[:4])
+        return Factors(A, B, C, D, self.scale)
+
     def rows(self, start: int, stop: int) -> Factors:
         """The factors of rows start … stop of the block."""
         return self._replace(B=self.B[start:stop], D=self.D[start:stop])

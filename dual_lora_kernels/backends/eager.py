@@ -58,7 +58,7 @@ class EagerBackend:
         gradients: FactorGradients,
         workspace: int,
     ) -> None:
-        wide = Factors(*(f.to(h.dtype) for f in factors[:4]), factors.scale)
+        wide = factors.to(h.dtype)
         for start, stop, p, q, grad_q in self._chunks(h, factors, workspace, h.dtype):
             part, grads = wide.rows(start, stop), gradients.rows(start, stop)
             grad_p = _product_gradients(h[start:stop], factors.rows(start, stop), p, q, grad_q, ste, clip_bound)
@@ -68,7 +68,7 @@ class EagerBackend:
     def _chunks(
         self, block: torch.Tensor, factors: Factors, workspace: int, third: torch.dtype | None
     ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Row ranges of `block`, each with scratch of its shape: two for P and Q, one of dtype `third` (empty if None)."""
+        """Row ranges of `block`, each with scratch of its shape: for P, for Q, and one of dtype `third` if any."""
         rows, cols = block.shape
         dtype = reference.accumulation_dtype(factors.A.dtype)
         bytes_each = self.temporaries(workspace, block.device) // _BUFFERS

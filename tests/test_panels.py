@@ -1,0 +1,200 @@
+"""Panels on every backend: exact arithmetic, the same W in every pass, errors against fp64, and memory bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dual_lora_kernels import dual_lora_merge_, panels, reference, set_workspace_bytes
+from dual_lora_kernels.backends import Backend, Factors, resolve_backend
+from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
+
+from .problems import Problem, autograd_gradients, exact, gaussian
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GENEROUS = 1 << 24
+
+
+def _backend(name: str, problem: Problem) -> Backend:
+    return resolve_backend(name, problem.x.device, problem.x.dtype, problem.A.dtype)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Bit patterns, so that zeros of either sign and NaN compare as they are."""
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def _blockwise(problem: Problem, backend: Backend, dtype: torch.dtype, rounding: str, rows: int, cols: int):
+    """W built block by block, of the given sizes."""
+    n, k = problem.weight.shape
+    out = torch.empty(n, k, dtype=dtype, device=problem.weight.device)
+    for n0 in range(0, n, rows):
+        for k0 in range(0, k, cols):
+            part = problem.factors.rows(n0, n0 + rows).columns(k0, k0 + cols)
+            block = (slice(n0, n0 + rows), slice(k0, k0 + cols))
+            backend.effective_weight(out[block], problem.weight[block], part, n0, k0, rounding, GENEROUS)
+    return out
+
+
+@pytest.mark.parametrize("rounding", ["dither", "nearest"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 40),
+    r1=st.integers(1, 20),
+    r2=st.integers(1, 20),
+    rows=st.integers(1, 40),
+    cols=st.integers(1, 40),
+    seed=st.integers(0, 100),
+)
+def test_exact_weights_in_any_blocks(
+    device: torch.device,
+    backend: str,
+    dtype: torch.dtype,
+    rounding: str,
+    n: int,
+    k: int,
+    r1: int,
+    r2: int,
+    rows: int,
+    cols: int,
+    seed: int,
+) -> None:
+    """Under exact arithmetic W has the reference's bits whatever the block sizes: no tolerance."""
+    problem = exact(1, n, k, r1, r2, dtype=dtype, device=device, seed=seed)
+    expected = reference.effective_weight(problem.weight, *problem.factors, dtype, rounding)
+    computed = _blockwise(problem, _backend(backend, problem), dtype, rounding, rows, cols)
+    assert torch.equal(_bits(computed), _bits(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(n=st.integers(1, 300), k=st.integers(1, 300), rows=st.integers(1, 300), cols=st.integers(1, 300))
+def test_gaussian_weights_do_not_depend_on_blocks(
+    device: torch.device, backend: str, dtype: torch.dtype, n: int, k: int, rows: int, cols: int
+) -> None:
+    """The same signs and the same rounding in forward (row panels), ∂X (column panels) and merge, for real factors."""
+    rows, cols = max(rows, n // 5 + 1), max(cols, k // 5 + 1)
+    problem = gaussian(1, n, k, 16, 16, dtype=dtype, device=device)
+    chosen = _backend(backend, problem)
+    whole = _blockwise(problem, chosen, dtype, "dither", n, k)
+    assert torch.equal(_bits(_blockwise(problem, chosen, dtype, "dither", rows, cols)), _bits(whole))
+
+
+@pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
+@pytest.mark.parametrize("shape", [(7, 33, 50, 3, 5), (1, 70, 20, 16, 4), (20, 1, 1, 1, 1), (9, 130, 140, 12, 24)])
+def test_exact_passes_over_any_panels(
+    device: torch.device, backend: str, ste: str, shape: tuple[int, int, int, int, int]
+) -> None:
+    """Output and all seven gradients equal the reference's bit for bit, from one panel down to one row a panel."""
+    problem = exact(*shape, device=device)
+    output, *expected = autograd_gradients(problem, ste=ste)
+    for workspace in (GENEROUS, 16 * 1024, 1):
+        set_workspace_bytes(workspace)
+        try:
+            computed = _passes(problem, backend, ste)
+        finally:
+            set_workspace_bytes(panels.DEFAULT_WORKSPACE_BYTES)
+        for name, value, truth in zip(("output", *reference.Gradients._fields), computed, (output, *expected)):
+            assert torch.equal(value, truth), (name, workspace)
+
+
+def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "dither") -> list[torch.Tensor]:
+    """(output, *gradients) by the operators, in the order of `reference.Gradients`."""
+    ops = torch.ops.dual_lora_kernels
+    factors = tuple(problem.factors)
+    output = ops.linear(problem.x, problem.weight, *factors, problem.bias, rounding, backend)
+    grad_x = ops.input_gradient(problem.grad, problem.weight, *factors, rounding, backend)
+    *grads, grad_weight = ops.parameter_gradients(
+        problem.grad, problem.x, *factors, ste, 1.0, [True] * 5, problem.weight.dtype, backend
+    )
+    return [output, grad_x, grad_weight, *grads, problem.grad.sum(0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", [(64, 96, 80, 4, 8), (128, 256, 300, 16, 16), (33, 257, 129, 7, 5)])
+def test_error_is_not_above_the_naive_implementations(
+    device: torch.device, backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> None:
+    """Against fp64, summed over seeds; the naive implementation does everything in the compute dtype."""
+    totals: dict[str, list[float]] = {}
+    for seed in range(8):
+        problem = gaussian(*shape, dtype=dtype, factor_dtype=dtype, device=device, seed=seed)
+        truth = autograd_gradients(problem.to(torch.float64))
+        naive = _naive(problem)
+        ours = _passes(problem, backend)
+        for name, value, other, true in zip(("output", *reference.Gradients._fields), ours, naive, truth, strict=True):
+            entry = totals.setdefault(name, [0.0, 0.0])
+            entry[0] += (value.double() - true).square().sum().item()
+            entry[1] += (other.double() - true).square().sum().item()
+    for name, (own, others) in totals.items():
+        # Where both sum exactly the same terms, only the order of the sum differs: 2 % is that noise over eight seeds.
+        assert own <= 1.02 * others, (name, (own / others) ** 0.5)
+
+
+def _naive(problem: Problem) -> list[torch.Tensor]:
+    """Dual LoRA as adopters write it: everything in the layer's dtype, N×K tensors throughout."""
+    leaf = problem.requiring_grad()
+    sign = reference.SignStraightThrough.apply(leaf.D @ leaf.C, "clip", 1.0)
+    delta = leaf.scale.to(leaf.x.dtype) * torch.relu(leaf.B @ leaf.A) * sign
+    output = torch.nn.functional.linear(leaf.x, leaf.weight + delta, leaf.bias)
+    return [output.detach(), *torch.autograd.grad(output, leaf.differentiable, leaf.grad)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merging_writes_the_weights_that_the_forward_pass_uses(
+    device: torch.device, backend: str, dtype: torch.dtype, small_workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every panel that forward and ∂X multiply by is bit for bit the merged weight's, for an update far below its ulp."""
+    problem = gaussian(4, 200, 150, 16, 16, dtype=dtype, device=device)
+    problem.scale.fill_(1e-4)
+    merged = problem.weight.clone()
+    dual_lora_merge_(merged, *problem.factors, backend=backend)
+    used: list[tuple[int, int, torch.Tensor]] = []
+    chosen = _backend(backend, problem)
+    original: Callable[..., None] = chosen.effective_weight
+
+    def spy(out: torch.Tensor, weight: torch.Tensor, factors: Factors, row0: int, col0: int, *rest: object) -> None:
+        original(out, weight, factors, row0, col0, *rest)
+        used.append((row0, col0, out.clone()))
+
+    monkeypatch.setattr(chosen, "effective_weight", spy)
+    _passes(problem, backend)
+    assert len({(row, col) for row, col, _ in used}) > 4  # several panels each way
+    for row, col, panel in used:
+        rows, cols = panel.shape
+        assert torch.equal(_bits(panel), _bits(merged[row : row + rows, col : col + cols]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_output_differs_by_the_products_rounding_only(
+    device: torch.device, backend: str, dtype: torch.dtype
+) -> None:
+    """Merged and unmerged outputs come from the same weights: each as close to the fp64 product as the other."""
+    problem = gaussian(64, 300, 200, 16, 16, dtype=dtype, device=device)
+    merged = dual_lora_merge_(problem.weight.clone(), *problem.factors, backend=backend)
+    unmerged_output = _passes(problem, backend)[0].double()
+    merged_output = torch.nn.functional.linear(problem.x, merged, problem.bias)
+    exact_product = torch.nn.functional.linear(problem.x.double(), merged.double(), problem.bias.double())
+    own_rounding = (merged_output.double() - exact_product).norm()
+    assert (unmerged_output - exact_product).norm() <= 1.05 * own_rounding
+    assert (unmerged_output - merged_output.double()).norm() <= 2 * own_rounding
+
+
+def test_sums_are_deterministic(device: torch.device, backend: str, small_workspace: int) -> None:
+    problem = gaussian(50, 300, 200, 8, 8, device=device)
+    for first, second in zip(_passes(problem, backend), _passes(problem, backend), strict=True):
+        assert torch.equal(first, second)
+
+
+@given(extent=st.integers(1, 5000), bytes_per_line=st.integers(1, 4000), budget=st.integers(1, 100_000))
+def test_panels_cover_once_within_the_budget(extent: int, bytes_per_line: int, budget: int) -> None:
+    ranges = panels._panels(extent, bytes_per_line, budget)
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == extent
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) * bytes_per_line <= max(budget, bytes_per_line)
