@@ -54,7 +54,7 @@ def forward(
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
-    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, x.device)
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     panels = _panels(out_features, in_features * x.itemsize, budget)
     buffer = x.new_empty(max(stop - start for start, stop in panels), in_features)
     for start, stop in panels:
@@ -76,7 +76,7 @@ def input_gradient(
     grad_x = grad.new_empty(grad.shape[0], in_features)
     if grad.shape[0] == 0:
         return grad_x
-    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, grad.device)
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     panels = _panels(in_features, out_features * grad.itemsize, budget)
     buffer = grad.new_empty(max(stop - start for start, stop in panels) * out_features)
     for start, stop in panels:
@@ -103,7 +103,7 @@ def parameter_gradients(
     """
     out_features, in_features = factors.B.shape[0], factors.A.shape[1]
     dtype = accumulation_dtype(torch.promote_types(x.dtype, factors.A.dtype))
-    budget = _workspace_bytes - backend.temporaries(_workspace_bytes, x.device)
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
     panels = _panels(out_features, in_features * dtype.itemsize, budget - cast_budget)
     buffer = x.new_empty((max(stop - start for start, stop in panels), in_features), dtype=dtype)

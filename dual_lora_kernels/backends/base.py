@@ -58,7 +58,7 @@ class Backend(Protocol):
     def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         """None if the backend serves such a call, else the reason why not, in words."""
 
-    def temporaries(self, workspace: int, device: torch.device) -> int:
+    def temporaries(self, workspace: int) -> int:
         """Bytes of the workspace that the primitives need for themselves, besides the block they read or write."""
 
     def effective_weight(
