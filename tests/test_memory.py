@@ -1,0 +1,94 @@
+"""Never materialised: every allocation of forward, backward and merge stays under the workspace's bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.memory import AllocationTrace, peak_temporary_bytes
+from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, set_workspace_bytes, workspace_bytes
+from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
+
+from .problems import Problem, gaussian
+
+WORKSPACE = 1 << 18
+TOKENS, ROWS, COLUMNS, RANK = 16, 768, 1024, 16
+THIN = 4 * RANK * (ROWS + COLUMNS) * 4
+"""Bytes of the four factors' fp32 gradients, twice over: what is rank-sized may be copied."""
+HASHES = 4 * 8 * (ROWS + COLUMNS)
+"""Bytes of the dither's row and column hashes while they are made in int64."""
+
+
+@pytest.fixture(autouse=True)
+def _small_workspace():
+    before = workspace_bytes()
+    set_workspace_bytes(WORKSPACE)
+    yield
+    set_workspace_bytes(before)
+
+
+def _step(problem: Problem, ste: str, backend: str) -> AllocationTrace:
+    def step() -> list[torch.Tensor]:
+        wanted = (problem.x, *problem.factors[:4])
+        out = dual_lora_linear(problem.x, problem.weight, *problem.factors, ste=ste, backend=backend)
+        return [out, *torch.autograd.grad(out, wanted, problem.grad)]
+
+    step()
+    return peak_temporary_bytes(step, problem.x.device)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ste"),
+    [(torch.float32, ste) for ste in STRAIGHT_THROUGH_ESTIMATORS]
+    + [(dtype, "clip") for dtype in (torch.bfloat16, torch.float16, torch.float64)],
+    ids=str,
+)
+def test_a_step_stays_within_the_workspace(device: torch.device, backend: str, dtype: torch.dtype, ste: str) -> None:
+    problem = gaussian(TOKENS, ROWS, COLUMNS, RANK, RANK, dtype=dtype, device=device).requiring_grad()
+    problem.weight.requires_grad_(False)
+    whole = ROWS * COLUMNS * dtype.itemsize
+    assert whole >= 6 * WORKSPACE  # else the test could not fail
+    trace = _step(problem, ste, backend)
+    activations = TOKENS * (ROWS + COLUMNS) * 8  # what is token-sized may be copied or widened
+    assert trace.peak_temporary <= WORKSPACE + THIN * dtype.itemsize // 2 + HASHES + activations
+    assert trace.largest <= WORKSPACE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_stays_within_the_workspace(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    problem = gaussian(1, ROWS, COLUMNS, RANK, RANK, dtype=dtype, device=device)
+
+    def merge() -> torch.Tensor:
+        return dual_lora_merge_(problem.weight, *problem.factors, backend=backend)
+
+    merge()
+    trace = peak_temporary_bytes(merge, device)
+    assert trace.peak_temporary <= WORKSPACE + HASHES
+
+
+def test_a_trained_weights_gradient_is_the_only_large_allocation(device: torch.device, backend: str) -> None:
+    """∂W0 is a result of that size; nothing else is."""
+    problem = gaussian(TOKENS, ROWS, COLUMNS, RANK, RANK, device=device).requiring_grad()
+    trace = _step_with_weight(problem, backend)
+    assert trace.largest == ROWS * COLUMNS * 4
+    assert trace.peak_temporary <= WORKSPACE + 2 * THIN + TOKENS * (ROWS + COLUMNS) * 8
+
+
+def _step_with_weight(problem: Problem, backend: str) -> AllocationTrace:
+    def step() -> list[torch.Tensor]:
+        wanted = problem.differentiable[:-1]
+        out = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend=backend)
+        return [out, *torch.autograd.grad(out, wanted, problem.grad)]
+
+    step()
+    return peak_temporary_bytes(step, problem.x.device)
+
+
+def test_the_tracer_sees_what_naive_dual_lora_materialises(device: torch.device) -> None:
+    """The measurement can fail: the plain composition allocates several N×K tensors."""
+    from benchmarks.methods import NaiveDualLora, frozen_linear
+
+    layer = NaiveDualLora(frozen_linear(COLUMNS, ROWS, torch.float32, device), RANK, RANK)
+    x = torch.randn(TOKENS, COLUMNS, device=device)
+    trace = peak_temporary_bytes(lambda: layer(x).sum().backward(), device)
+    assert trace.peak_temporary >= 4 * ROWS * COLUMNS * 4
