@@ -14,8 +14,17 @@ from torch import nn
 
 from ._logging import logger
 from .config import DualLoraConfig
-from .linear import FACTOR_NAMES, DualLoraLinear, dual_lora_layers, factor_shapes, linear_features, why_not_adaptable
+from .linear import (
+    FACTOR_NAMES,
+    DualLoraLinear,
+    dual_lora_layers,
+    factor_shapes,
+    linear_features,
+    unwrapped,
+    why_not_adaptable,
+)
 from .model import adapt
+from .validation import check_finite
 
 SETTINGS_FILE = "dual_lora_config.json"
 WEIGHTS_FILE = "dual_lora_model.safetensors"
@@ -58,6 +67,7 @@ def load_dual_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor
                 f"state[{name!r}]: got shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}: "
                 "the adapter was trained with other ranks or for another model"
             )
+        check_finite(f"state[{name!r}]", state[name])
     for name, layer in dual_lora_layers(model):
         if layer.merged:
             raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
@@ -69,9 +79,14 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapters of `model` into `folder` (made if need be) and return it.
 
     Two files: ``dual_lora_model.safetensors`` with `dual_lora_state_dict`, and ``dual_lora_config.json`` with each
-    layer's settings. Raises ValueError where the model has no Dual LoRA layers.
+    layer's settings. What else trains (a bias, a head) is not saved, which is said on the package's logger. Raises
+    ValueError where the model has no Dual LoRA layers.
     """
     folder = Path(folder)
+    adapter = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
+    others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in adapter]
+    if others:
+        logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
     state = {name: tensor.contiguous() for name, tensor in dual_lora_state_dict(model).items()}
     settings = {"format": _FORMAT, "layers": {name: _settings(layer) for name, layer in dual_lora_layers(model)}}
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +117,7 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"folder: {WEIGHTS_FILE} in {str(folder)!r} cannot be read: {error}") from error
     if next(dual_lora_layers(model), None) is None:
-        modules = dict(model.named_modules())
+        modules = dict(unwrapped(model).named_modules())
         chosen = {}
         for name, config in configs.items():
             module = modules.get(name)

@@ -23,6 +23,8 @@ class DualLoraConfig:
         target_modules: ``"all-linear"``: every adaptable linear layer except the output head and layers whose weight is
             tied to another module's. A list of names: each a layer's full name or the end of it after a dot
             (``["q_proj", "v_proj"]``). Any other string: a regular expression that must match the full name.
+        exclude_modules: names, as in a list of targets, that are left alone whatever `target_modules` says (a newly
+            initialised classification head, say, which ``"all-linear"`` would adapt and freeze).
         r1, r2, alpha, dropout, init_std, ste, rounding, clip_bound, adapter_dtype: see `DualLoraLinear`.
 
     Raises:
@@ -30,6 +32,7 @@ class DualLoraConfig:
     """
 
     target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: Sequence[str] = ()
     r1: int = 16
     r2: int = 16
     alpha: float = 32.0
@@ -52,10 +55,24 @@ class DualLoraConfig:
                 re.compile(targets)
             except re.error as error:
                 raise ValueError(f"target_modules: got {targets!r}, expected a regular expression: {error}") from None
-        elif not targets or not all(isinstance(target, str) and target for target in targets):
-            raise ValueError(f"target_modules: got {targets!r}, expected names of layers or their last parts")
+        else:
+            object.__setattr__(self, "target_modules", _names("target_modules", targets))
+            if not self.target_modules:
+                raise ValueError(f"target_modules: got {targets!r}, expected names of layers or their last parts")
+        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
 
     def layer_options(self) -> dict[str, Any]:
         """The keyword arguments of `DualLoraLinear.from_linear`."""
         names = ("r1", "r2", "alpha", "dropout", "init_std", "ste", "rounding", "clip_bound", "adapter_dtype")
         return {name: getattr(self, name) for name in names}
+
+
+def _names(field: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Names of layers as a tuple, so that the configuration can be hashed."""
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise ValueError(f"{field}: got {names!r}, expected a list of names of layers or their last parts")
+    return tuple(names)

@@ -16,7 +16,9 @@ from .validation import (
     check_dtype,
     check_estimator,
     check_factors,
+    check_finite,
     check_scale_value,
+    check_tensor,
     check_weight,
 )
 
@@ -133,6 +135,7 @@ def dual_lora_linear(
     in_features, out_features = check_factors(A, B, C, D)
     if weight is not None:
         check_weight(weight, A, in_features, out_features)
+    check_tensor("input", input)
     if input.dim() == 0 or input.shape[-1] != in_features:
         raise ValueError(
             f"input: got shape {tuple(input.shape)}, expected [..., in_features] with in_features = "
@@ -142,6 +145,7 @@ def dual_lora_linear(
         raise ValueError(f"input.device: got {input.device}, expected {A.device}, where A is")
     check_dtype("input.dtype", input.dtype)
     if bias is not None:
+        check_tensor("bias", bias)
         check_dtype("bias.dtype", bias.dtype)
         if tuple(bias.shape) != (out_features,):
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [out_features] = [{out_features}], from B")
@@ -163,9 +167,9 @@ def dual_lora_linear(
 def compute_dtype(input: torch.Tensor) -> torch.dtype:
     """The dtype that a call on `input` computes in: autocast's where it is active and applies, else the input's."""
     device_type = input.device.type
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return input.dtype
+    if input.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return input.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
 
 
 @torch.no_grad()
@@ -205,15 +209,15 @@ def dual_lora_merge_(
     """Write round(W0 + ΔW) over `weight` [out_features, in_features], block by block, and return it.
 
     With the forward pass's `rounding`, these are bit for bit the weights that a forward pass in the weight's dtype
-    used. Raises as `dual_lora_linear` does, and ValueError where a factor is not finite, before anything is changed.
+    used. Raises as `dual_lora_linear` does, and ValueError where a factor or the scale is not finite, before
+    anything is changed.
     """
     check_choice("rounding", rounding, ROUNDINGS)
     backend = default_backend() if backend is None else backend
     check_backend_name(backend)
     check_weight(weight, A, *check_factors(A, B, C, D))
     scale = as_scale_tensor(scale, A)
-    for name, factor in (("A", A), ("B", B), ("C", C), ("D", D)):
-        if not factor.isfinite().all():
-            raise ValueError(f"{name}: got values that are not finite, expected a trained factor; nothing was merged")
+    for name, tensor in (("A", A), ("B", B), ("C", C), ("D", D), ("scale", scale)):
+        check_finite(name, tensor)
     _ops.merge_(weight, A, B, C, D, scale, rounding, backend)
     return weight

@@ -49,8 +49,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"{kind}'s weight is computed (a parametrization?), not a parameter"
     if weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:
         return f"{kind}'s weight is packed or quantised ({weight.dtype}, shape {tuple(weight.shape)})"
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-        return f"this {kind} has forward hooks, which replacing it would drop; register them afterwards"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks) or hasattr(module, "_hf_hook"):
+        return f"this {kind} has hooks, which replacing it would drop; register them afterwards"
     return None
 
 
@@ -170,6 +171,7 @@ class DualLoraLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw base weight and bias as ``nn.Linear`` does, then the adapter (also after ``to_empty``)."""
+        self._unmerged_weight = None
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias only
         self.reset_adapter_parameters()
 
@@ -191,11 +193,20 @@ class DualLoraLinear(nn.Module):
         return self.weight.t() if self.transposed else self.weight
 
     def _base_linear(self, input: torch.Tensor) -> torch.Tensor:
+        """x W0ᵀ + b without the update."""
         dtype = compute_dtype(input)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return nn.functional.linear(input.to(dtype), self._oriented_weight().to(dtype), bias)
+        if self.weight.dtype == dtype:
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(input.to(dtype), self._oriented_weight(), bias)
+        # F.linear would need W0 cast whole, and keep the copy for backward. Panels of W0 + 0 · ΔW are cast one by one.
+        A, B, C, D = (getattr(self, name).detach() for name in FACTOR_NAMES)
+        no_update = torch.zeros_like(self.scale)
+        return dual_lora_linear(
+            input, self._oriented_weight(), A, B, C, D, no_update, self.bias, rounding=self.rounding
+        )
 
     def _adapted(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """`dual_lora_linear` with this layer's factors and options."""
         return dual_lora_linear(
             input, weight, self.A, self.B, self.C, self.D, self.scale, bias,
             ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound,
@@ -204,7 +215,7 @@ class DualLoraLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features] in the input's dtype (autocast's where active)."""
         if self.merged:
-            if self.training and torch.is_grad_enabled() and self.A.requires_grad:
+            if self.training and torch.is_grad_enabled() and any(getattr(self, n).requires_grad for n in FACTOR_NAMES):
                 raise RuntimeError("DualLoraLinear is merged, so its adapter cannot train: call unmerge() first")
             return self._base_linear(input)
         if self.training and self.dropout.p > 0:
@@ -272,6 +283,8 @@ class DualLoraLinear(nn.Module):
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.scale.dtype != torch.float32:  # load_state_dict(assign=True) of a bf16 copy of the state
+            self.scale = self.scale.to(torch.float32)
 
     def extra_repr(self) -> str:
         return (
@@ -281,8 +294,14 @@ class DualLoraLinear(nn.Module):
         )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, if there is one: its names have no prefix."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
 def dual_lora_layers(model: nn.Module) -> Iterator[tuple[str, DualLoraLinear]]:
     """(name, layer) of every Dual LoRA layer in `model`, each once, without torch.compile's prefix in the names."""
-    for name, module in getattr(model, "_orig_mod", model).named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, DualLoraLinear):
             yield name, module

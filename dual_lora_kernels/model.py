@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from ._logging import logger
 from .config import DualLoraConfig
-from .linear import DualLoraLinear, dual_lora_layers
+from .linear import FACTOR_NAMES, DualLoraLinear, dual_lora_layers, is_transposed, unwrapped
 from .targets import find_targets, shared_weights
+from .validation import check_finite
 
 
 def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
@@ -26,9 +28,9 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
         raise ValueError(
             f"model: got {type(model).__name__} with Dual LoRA layers, expected one without; merge them first"
         )
-    if isinstance(model, nn.Linear):
+    if isinstance(model, nn.Linear) or is_transposed(model):
         raise ValueError("model: got a linear layer itself, expected a model; use DualLoraLinear.from_linear")
-    chosen, refused = find_targets(model, config.target_modules)
+    chosen, refused = find_targets(unwrapped(model), config.target_modules, config.exclude_modules)
     adapt(model, {name: (module, config) for name, module in chosen.items()})
     _report(model, list(chosen), refused)
     return model
@@ -44,14 +46,16 @@ def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]])
         if id(module) not in built:
             built[id(module)] = DualLoraLinear.from_linear(module, **config.layer_options())
     model.requires_grad_(False)
-    for name, (module, _) in chosen.items():
-        replace_module(model, name, built[id(module)])
+    _replace(model, built)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` at the dotted `name` in `model`."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put new modules in the place of old ones (by identity), at every name at which they stand."""
+    inner = unwrapped(model)
+    for name, module in list(inner.named_modules(remove_duplicate=False)):
+        if id(module) in new:
+            parent, _, last = name.rpartition(".")
+            setattr(inner.get_submodule(parent), last, new[id(module)])
 
 
 def merge_dual_lora(model: nn.Module) -> nn.Module:
@@ -64,24 +68,23 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no Dual LoRA layers, or an adapter or scale is not finite. Nothing has been changed.
     """
+    if isinstance(model, DualLoraLinear):
+        raise ValueError("model: got a DualLoraLinear itself, expected a model; use its to_linear()")
     layers = list(dual_lora_layers(model))
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to merge")
     for name, layer in layers:
-        for tensor_name in ("A", "B", "C", "D", "scale"):
-            if not getattr(layer, tensor_name).isfinite().all():
-                raise ValueError(f"{name}.{tensor_name}: got values that are not finite; nothing was merged")
+        for tensor_name in (*FACTOR_NAMES, "scale"):
+            check_finite(f"{name}.{tensor_name}", getattr(layer, tensor_name))
     tied = shared_weights(model)
-    places: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, DualLoraLinear):
-            places.setdefault(id(module), []).append(name)
+    plain = {}
     for _, layer in layers:
         if id(layer.weight) in tied:
+            if layer.merged:
+                layer.unmerge()
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
-        plain = _plain(layer)
-        for name in places[id(layer)]:
-            replace_module(model, name, plain)
+        plain[id(layer)] = _plain(layer)
+    _replace(model, plain)
     return model
 
 

@@ -15,31 +15,36 @@ _MOST_NAMED = 12
 """How many candidates an error message lists."""
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def find_targets(
+    model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to adapt by name, and those that ``"all-linear"`` left alone with the reason.
 
     A module that stands at several places in the model comes under each of its names. Raises ValueError where nothing
     matches, where a listed name matches nothing, and where a layer asked for by name cannot be adapted.
     """
-    linears = {
+    modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and (isinstance(module, nn.Linear) or is_transposed(module))
+        if name and not any(_names_it(target, name) for target in excluded)
+    }
+    linears = {
+        name: module for name, module in modules.items() if isinstance(module, nn.Linear) or is_transposed(module)
     }
     if targets == ALL_LINEAR:
-        refused = {name: reason for name, module in linears.items() if (reason := _unsuited(model, module))}
+        shared = shared_weights(model)
+        refused = {name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared))}
         chosen = {name: module for name, module in linears.items() if name not in refused}
         if not chosen:
             why = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no linear layers"
             raise ValueError(f"target_modules: got {targets!r}, which matches nothing in {type(model).__name__}: {why}")
         return chosen, refused
 
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     if isinstance(targets, str):
         chosen = {name: module for name, module in modules.items() if re.fullmatch(targets, name)}
         unmatched = [] if chosen else [targets]
     else:
-        hits = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in targets}
+        hits = {t: [name for name in modules if _names_it(t, name)] for t in targets}
         unmatched = [target for target, names in hits.items() if not names]
         chosen = {name: modules[name] for names in hits.values() for name in names}
     if unmatched:
@@ -53,18 +58,23 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> tuple[dict[s
     return chosen, {}
 
 
+def _names_it(target: str, name: str) -> bool:
+    """Whether a listed target is a layer's full name or its end after a dot."""
+    return name == target or name.endswith(f".{target}")
+
+
 def shared_weights(model: nn.Module) -> set[int]:
     """Identities of parameters that more than one module of `model` owns (tied weights)."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {identity for identity, count in owners.items() if count > 1}
 
 
-def _unsuited(model: nn.Module, module: nn.Module) -> str | None:
+def _unsuited(model: nn.Module, module: nn.Module, shared: set[int]) -> str | None:
     """Why ``"all-linear"`` leaves a linear layer alone; None if it does not."""
     get_head = getattr(model, "get_output_embeddings", None)
     if callable(get_head) and get_head() is module:
         return "output head"
-    if id(module._parameters.get("weight")) in shared_weights(model):
+    if id(module._parameters.get("weight")) in shared:
         return "its weight is tied to another module's"
     return why_not_adaptable(module)
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
 STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
 ROUNDINGS = ("dither", "nearest")
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a tensor")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -20,9 +27,9 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 
 def check_positive_int(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a positive integer")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{name}: got {value}, expected a positive integer")
 
 
@@ -50,8 +57,13 @@ def check_hyperparameters(
     check_positive_int("r1", r1)
     check_positive_int("r2", r2)
     check_number("alpha", alpha)
-    check_number("dropout", dropout, 0.0, 1.0)
-    check_number("init_std", init_std, 0.0)
+    check_number("dropout", dropout, 0.0)
+    check_number("init_std", init_std)
+    for name, value in (("alpha", alpha), ("init_std", init_std)):
+        if value <= 0:
+            raise ValueError(f"{name}: got {value!r}, expected a positive number: at zero nothing could train")
+    if dropout >= 1:
+        raise ValueError(f"dropout: got {dropout!r}, expected a probability below 1")
     check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
 
@@ -68,6 +80,7 @@ def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Te
     Raises TypeError for a dtype that is unsupported or differs, ValueError for shapes, ranks and devices.
     """
     for name, factor in (("A", A), ("B", B), ("C", C), ("D", D)):
+        check_tensor(name, factor)
         check_dtype(f"{name}.dtype", factor.dtype)
         if factor.dtype != A.dtype:
             raise TypeError(f"{name}.dtype: got {factor.dtype}, expected {A.dtype}, which A has")
@@ -99,6 +112,7 @@ def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Te
 
 def check_weight(weight: torch.Tensor, A: torch.Tensor, in_features: int, out_features: int) -> None:
     """Check a base weight [out_features, in_features] against the factors."""
+    check_tensor("weight", weight)
     check_dtype("weight.dtype", weight.dtype)
     if tuple(weight.shape) != (out_features, in_features):
         raise ValueError(
@@ -127,6 +141,13 @@ def as_scale_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Te
     if scale.device != like.device:
         raise ValueError(f"scale.device: got {scale.device}, expected {like.device}, where A is")
     return scale
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError if a tensor holds NaN or infinity. Waits for the device."""
+    finite = tensor.isfinite()
+    if not finite.all():
+        raise ValueError(f"{name}: got {tensor[~finite][0].item()}, expected finite values")
 
 
 def check_scale_value(scale: torch.Tensor) -> None:

@@ -199,5 +199,6 @@ def test_reentrant_use_in_one_graph(device: torch.device) -> None:
     theirs = reference.linear(problem.x, problem.weight, *problem.factors)
     theirs = reference.linear(theirs, problem.weight, *problem.factors)
     wanted = problem.differentiable[:-1]
-    for grad, truth in zip(torch.autograd.grad(ours.sum(), wanted), torch.autograd.grad(theirs.sum(), wanted)):
+    computed, expected = (torch.autograd.grad(out.sum(), wanted) for out in (ours, theirs))
+    for grad, truth in zip(computed, expected, strict=True):
         assert relative_error(grad, truth) < 1e-12

@@ -98,7 +98,8 @@ def test_exact_passes_over_any_panels(
             computed = _passes(problem, backend, ste)
         finally:
             set_workspace_bytes(panels.DEFAULT_WORKSPACE_BYTES)
-        for name, value, truth in zip(("output", *reference.Gradients._fields), computed, (output, *expected)):
+        names = ("output", *reference.Gradients._fields)
+        for name, value, truth in zip(names, computed, (output, *expected), strict=True):
             assert torch.equal(value, truth), (name, workspace)
 
 
@@ -148,7 +149,7 @@ def _naive(problem: Problem) -> list[torch.Tensor]:
 def test_merging_writes_the_weights_that_the_forward_pass_uses(
     device: torch.device, backend: str, dtype: torch.dtype, small_workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every panel that forward and ∂X multiply by is bit for bit the merged weight's, for an update far below its ulp."""
+    """Every panel of forward and ∂X is bit for bit the merged weight's, for an update far below its ulp."""
     problem = gaussian(4, 200, 150, 16, 16, dtype=dtype, device=device)
     problem.scale.fill_(1e-4)
     merged = problem.weight.clone()

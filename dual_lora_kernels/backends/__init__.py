@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._logging import logger
+from ..validation import check_choice
 from .base import Backend, FactorGradients, Factors
 from .eager import EagerBackend
 
@@ -23,8 +24,7 @@ def available_backends() -> list[str]:
 
 def check_backend_name(name: str) -> None:
     """Raise ValueError unless `name` is a backend of this installation or ``"auto"``."""
-    if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, ['auto', *_BACKENDS]))}")
+    check_choice("backend", name, ("auto", *_BACKENDS))
 
 
 def set_default_backend(name: str) -> None:
