@@ -19,8 +19,9 @@ help:
 $(VENV)/.installed: pyproject.toml setup.py
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PIP) install "setuptools>=77" wheel numpy
-	$(PYTHON) -c "import torch" 2>/dev/null || $(PIP) install $(TORCH)
-	$(PIP) install --no-build-isolation -e ".[demo,test,lint]"
+	$(PYTHON) -c "import torch; assert torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)" 2>/dev/null \
+		|| $(PIP) install $(TORCH)
+	$(PIP) install --no-build-isolation -e ".[test,lint]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -13,9 +13,16 @@ class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+def _respects_the_applications_level(record: logging.LogRecord) -> bool:
+    """Propagation ignores the root logger's level, and this logger's own is INFO."""
+    root = logging.getLogger()
+    return not root.handlers or record.levelno >= root.level
+
+
 logger = logging.getLogger("dual_lora_kernels")
 if not logger.handlers:
     _handler = _StandardError()
     _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
     logger.addHandler(_handler)
+    logger.addFilter(_respects_the_applications_level)
     logger.setLevel(logging.INFO)

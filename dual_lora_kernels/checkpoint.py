@@ -89,9 +89,10 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
         logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
     state = {name: tensor.contiguous() for name, tensor in dual_lora_state_dict(model).items()}
     settings = {"format": _FORMAT, "layers": {name: _settings(layer) for name, layer in dual_lora_layers(model)}}
+    settings_text = json.dumps(settings, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(settings_text, encoding="utf-8")
     return folder
 
 

@@ -123,7 +123,7 @@ def dual_lora_linear(
             names the argument, its value and what was expected.
         NotImplementedError: under a functorch transform (vmap, grad, …), or from a double backward.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "dual_lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, …): its kernels are "
             "opaque to them. Use autograd's backward, one call per sample where vmap was meant."

@@ -49,6 +49,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"{kind}'s weight is computed (a parametrization?), not a parameter"
     if weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:
         return f"{kind}'s weight is packed or quantised ({weight.dtype}, shape {tuple(weight.shape)})"
+    if type(weight.data) is not torch.Tensor:
+        return f"{kind}'s weight is a {type(weight.data).__name__}, a tensor subclass (quantised or sharded?)"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name) for name in hooks) or hasattr(module, "_hf_hook"):
         return f"this {kind} has hooks, which replacing it would drop; register them afterwards"
@@ -121,8 +123,8 @@ class DualLoraLinear(nn.Module):
             ste=ste, clip_bound=clip_bound, rounding=rounding,
         )  # fmt: skip
         self.in_features, self.out_features, self.transposed = in_features, out_features, False
-        self.r1, self.r2, self.alpha, self.init_std = r1, r2, alpha, init_std
-        self.ste, self.rounding, self.clip_bound = ste, rounding, clip_bound
+        self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
+        self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
         self.dropout = nn.Dropout(dropout)
         self._unmerged_weight: torch.Tensor | None = None
 
@@ -207,8 +209,10 @@ class DualLoraLinear(nn.Module):
 
     def _adapted(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         """`dual_lora_linear` with this layer's factors and options."""
+        # FSDP's buffer_dtype and the like write buffers without asking the module.
+        scale = self.scale.to(torch.float32)
         return dual_lora_linear(
-            input, weight, self.A, self.B, self.C, self.D, self.scale, bias,
+            input, weight, self.A, self.B, self.C, self.D, scale, bias,
             ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound,
         )  # fmt: skip
 
@@ -231,8 +235,9 @@ class DualLoraLinear(nn.Module):
         """Write round(W0 + ΔW) into the weight, block by block, and keep W0 for `unmerge` in host memory.
 
         In the weight's dtype these are bit for bit the weights that the forward pass used. Whatever shares the weight
-        (the layer given to `from_linear`, say) changes with it. Raises RuntimeError if merged already, ValueError if a
-        factor or the scale is not finite, before anything is changed.
+        (the layer given to `from_linear`, say) changes with it; two adapted layers that share one must not both be
+        merged. Raises RuntimeError if merged already, ValueError if a factor or the scale is not finite, before
+        anything is changed.
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged already: call unmerge() first")
@@ -295,13 +300,18 @@ class DualLoraLinear(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's wrapper, if there is one: its names have no prefix."""
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
+    """The model inside the wrappers of torch.compile, DataParallel and DDP, whose names have no prefix."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def dual_lora_layers(model: nn.Module) -> Iterator[tuple[str, DualLoraLinear]]:
-    """(name, layer) of every Dual LoRA layer in `model`, each once, without torch.compile's prefix in the names."""
+    """(name, layer) of every Dual LoRA layer in `model`, each once, without wrappers' prefixes in the names."""
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, DualLoraLinear):
             yield name, module

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(first: torch.Tensor, *args: Any) -> Any:
-            with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            device_type = first.device.type
+            autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+            with torch.no_grad(), torch.autocast(device_type, enabled=False) if autocast else nullcontext():
                 return function(first, *args)
 
         torch.library.impl(_library, name, "CompositeExplicitAutograd")(run)

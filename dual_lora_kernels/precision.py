@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 _SETTINGS: dict[str, Any] = {
     "cuda": torch.backends.cuda.matmul,
-    "cpu": getattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision="ieee")),
+    "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    "xpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
 }
+_lock = threading.Lock()
+_inside: dict[int, int] = {}
+_before: dict[int, str] = {}
 
 
 @contextmanager
 def ieee_matmul(device_type: str) -> Iterator[None]:
-    """Within it, fp32 products on `device_type` are not rounded to TF32 or bf16.
+    """Within it, fp32 products on `device_type` are not rounded to TF32 or bf16, in any thread.
 
     The sign of Q = D C is a cliff: rounding the factors (``torch.set_float32_matmul_precision("high")`` does on CUDA,
-    ``"medium"`` also on CPUs) would flip signs between passes. Other devices have no such setting.
+    ``"medium"`` also on CPUs) would flip signs between passes. The setting is the process's, and autograd runs
+    backward passes in threads of its own, so it is restored when the last of them leaves. MPS has no such setting.
     """
     setting = _SETTINGS.get(device_type)
-    before = "ieee" if setting is None else setting.fp32_precision
-    inherited = before == "none" and getattr(torch.backends, "fp32_precision", "none") in ("none", "ieee")
-    if setting is None or before == "ieee" or inherited:
+    if setting is None:
         yield
         return
-    setting.fp32_precision = "ieee"
+    key = id(setting)
+    with _lock:
+        if not _inside.get(key):
+            current = setting.fp32_precision
+            # The getter resolves inheritance: what equals the parent's value is given back to the parent.
+            _before[key] = "none" if current == torch.backends.fp32_precision else current  # type: ignore[attr-defined]
+            if current not in ("none", "ieee"):
+                setting.fp32_precision = "ieee"
+        _inside[key] = _inside.get(key, 0) + 1
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _lock:
+            _inside[key] -= 1
+            if not _inside[key] and setting.fp32_precision != _before[key]:
+                setting.fp32_precision = _before[key]

@@ -19,6 +19,8 @@ import torch
 from .precision import ieee_matmul
 from .rounding import round_to
 
+_RANK_SLICE = 256
+
 
 class Gradients(NamedTuple):
     """Gradients of a Dual LoRA linear layer, each shaped like the tensor it belongs to."""
@@ -41,19 +43,22 @@ def rank_product(up: torch.Tensor, down: torch.Tensor, out: torch.Tensor | None 
     """up [n, r] @ down [r, k], accumulated in fp32 (fp64 for fp64 factors), into `out` [n, k] if given.
 
     An element must come out with the same bits whichever block it is computed in, or Q's sign would differ between
-    passes. BLAS libraries do that for true matrix products (measured, docs/numerics.md) but sum single rows and single
-    columns, which go to gemv, in another order: those are computed two at a time.
+    passes. MKL does that for true matrix products of ranks up to 256 (measured, docs/numerics.md). It splits longer
+    sums by the block's shape, so those are summed in fixed slices, and it hands single rows and single columns to gemv,
+    which sums in another order, so those are computed two at a time.
     """
     n, k = up.shape[0], down.shape[1]
     dtype = accumulation_dtype(up.dtype)
     up, down = up.to(dtype), down.to(dtype)
+    if n == 1 or k == 1:
+        pairs = rank_product(up.expand(2, -1) if n == 1 else up, down.expand(-1, 2) if k == 1 else down)
+        return pairs[:n, :k] if out is None else out.copy_(pairs[:n, :k])
     with ieee_matmul(up.device.type):
-        if n > 1 and k > 1:
-            return torch.mm(up, down, out=out)
-        up = up.expand(2, -1) if n == 1 else up
-        down = down.expand(-1, 2) if k == 1 else down
-        product = (up @ down)[:n, :k]
-        return product if out is None else out.copy_(product)
+        product = torch.mm(up[:, :_RANK_SLICE], down[:_RANK_SLICE], out=out)
+        for start in range(_RANK_SLICE, up.shape[1], _RANK_SLICE):
+            # A separate addition: addmm_ may start its sum from the old value or not, by the block's shape.
+            product.add_(torch.mm(up[:, start : start + _RANK_SLICE], down[start : start + _RANK_SLICE]))
+    return product
 
 
 def sign(q: torch.Tensor) -> torch.Tensor:

@@ -31,9 +31,12 @@ def find_targets(
     linears = {
         name: module for name, module in modules.items() if isinstance(module, nn.Linear) or is_transposed(module)
     }
+    bypassed = _bypassed_by_a_fused_path(model)
     if targets == ALL_LINEAR:
         shared = shared_weights(model)
-        refused = {name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared))}
+        refused = {
+            name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared, bypassed))
+        }
         chosen = {name: module for name, module in linears.items() if name not in refused}
         if not chosen:
             why = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no linear layers"
@@ -52,7 +55,7 @@ def find_targets(
             f"target_modules: got {unmatched}, expected names in {type(model).__name__}, which has {_named(linears)}"
         )
     for name, module in chosen.items():
-        reason = why_not_adaptable(module)
+        reason = _why_not(module, bypassed)
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
     return chosen, {}
@@ -69,13 +72,25 @@ def shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in owners.items() if count > 1}
 
 
-def _unsuited(model: nn.Module, module: nn.Module, shared: set[int]) -> str | None:
+def _bypassed_by_a_fused_path(model: nn.Module) -> set[int]:
+    """Identities of linear layers whose weight nn.TransformerEncoderLayer reads in eval mode without calling them."""
+    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    return {id(linear) for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
+
+
+def _unsuited(model: nn.Module, module: nn.Module, shared: set[int], bypassed: set[int]) -> str | None:
     """Why ``"all-linear"`` leaves a linear layer alone; None if it does not."""
     get_head = getattr(model, "get_output_embeddings", None)
     if callable(get_head) and get_head() is module:
         return "output head"
     if id(module._parameters.get("weight")) in shared:
         return "its weight is tied to another module's"
+    return _why_not(module, bypassed)
+
+
+def _why_not(module: nn.Module, bypassed: set[int]) -> str | None:
+    if id(module) in bypassed:
+        return "nn.TransformerEncoderLayer's fused inference reads its weight without calling it"
     return why_not_adaptable(module)
 
 

@@ -89,6 +89,9 @@ def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Te
         if factor.dim() != 2:
             raise ValueError(f"{name}: got shape {tuple(factor.shape)}, expected two dimensions")
     in_features, out_features = A.shape[1], B.shape[0]
+    for name, factor, count in (("A", A, in_features), ("B", B, out_features)):
+        if count < 1:
+            raise ValueError(f"{name}: got shape {tuple(factor.shape)}, expected at least one feature")
     for rank_name, down_name, down, up_name, up in (("r1", "A", A, "B", B), ("r2", "C", C, "D", D)):
         if down.shape[0] < 1:
             raise ValueError(f"{down_name}: got shape {tuple(down.shape)}, expected a rank {rank_name} of at least 1")

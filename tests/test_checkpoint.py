@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -375,3 +376,23 @@ def test_a_low_precision_state_assigned_keeps_the_scale_fp32() -> None:
     assert layer.A.dtype == torch.bfloat16
     assert layer.scale.dtype == torch.float32
     assert layer(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_wrapped_models_adapter_loads_into_the_plain_model(tmp_path: Path) -> None:
+    model = adapted()
+    save_dual_lora(nn.DataParallel(model), tmp_path)
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(model))
+
+
+def test_numbers_from_numpy_are_saved(tmp_path: Path) -> None:
+    model = adapted(r1=np.int64(2), alpha=np.float64(3.0))
+    assert torch.equal(logits(load_dual_lora(llama(), save_dual_lora(model, tmp_path))), logits(model))
+
+
+def test_a_low_precision_scale_buffer_is_widened() -> None:
+    """FSDP's buffer_dtype writes buffers without going through the module."""
+    layer = DualLoraLinear(8, 8)
+    x = torch.randn(2, 8)
+    expected = layer(x)
+    layer._buffers["scale"] = layer.scale.bfloat16()
+    assert torch.equal(layer(x), expected)  # 2.0 is a bf16 number

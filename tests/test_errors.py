@@ -356,3 +356,10 @@ def test_forward_mode_differentiation(trains: bool) -> None:
         call["input"] = torch.autograd.forward_ad.make_dual(call["input"], call["input"])
         with pytest.raises(NotImplementedError):
             dual_lora_linear(**call)
+
+
+@pytest.mark.parametrize(("n", "k", "name"), [(0, 4, "B"), (4, 0, "A")])
+def test_no_features(n: int, k: int, name: str) -> None:
+    x, A, B = torch.zeros(2, k), torch.zeros(2, k), torch.zeros(n, 2)
+    with pytest.raises(ValueError, match=rf"^{name}: got shape .*expected at least one feature"):
+        dual_lora_linear(x, None, A, B, A, B, 1.0)

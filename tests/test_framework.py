@@ -166,3 +166,15 @@ def test_gradient_accumulation_over_micro_batches() -> None:
     for tensor, expected in zip(leaf.differentiable[:-1], truth, strict=False):
         assert tensor.grad is not None
         assert relative_error(tensor.grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda a: torch.func.jvp(f, (a,), (a,))[1]])
+def test_functorch_transforms_raise_under_compile_too(transform: Callable[..., Callable[..., torch.Tensor]]) -> None:
+    """They came out as zeros once: the operators are opaque to them."""
+    problem = gaussian(3, 5, 4, 2, 2)
+
+    def loss(A: torch.Tensor) -> torch.Tensor:
+        return dual_lora_linear(problem.x, problem.weight, A, *problem.factors[1:]).sum()
+
+    with pytest.raises(NotImplementedError, match="functorch transforms"):
+        torch.compile(lambda a: transform(loss)(a), backend="eager")(problem.A)

@@ -124,7 +124,7 @@ def test_a_suffix_begins_at_a_dot() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_all_linear_leaves_the_output_head(tied: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = llama(tied=tied)
-    with caplog.at_level(logging.INFO, logger="dual_lora_kernels"):
+    with caplog.at_level(logging.INFO):
         apply_dual_lora(model, configuration())
     assert type(model.lm_head) is nn.Linear
     (message,) = (record.getMessage() for record in caplog.records if record.name == "dual_lora_kernels")
@@ -175,6 +175,32 @@ def test_a_compiled_model_is_adapted_by_its_own_names() -> None:
     apply_dual_lora(compiled, configuration(r"[0]"))
     assert adapted_names(model) == {"0"}
     assert compiled(torch.randn(2, 8)).shape == (2, 8)
+
+
+def test_layers_that_a_fused_path_reads_are_not_adapted() -> None:
+    """In eval mode nn.TransformerEncoderLayer takes its linear layers' weights past their forward."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32)
+    model = nn.ModuleDict({"encoder": encoder, "other": nn.Linear(16, 16)})
+    apply_dual_lora(model, configuration())
+    assert adapted_names(model) == {"other"}
+    with pytest.raises(ValueError, match=r"'encoder.linear1' cannot be adapted: .*fused inference"):
+        apply_dual_lora(nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(16, 2, 32)}), configuration(["linear1"]))
+
+
+def test_tensor_subclasses_are_not_adapted() -> None:
+    class Packed(torch.Tensor):
+        """As quantised and sharded weights are: a floating dtype, two dimensions, and not those numbers in memory."""
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(4, 4).as_subclass(Packed), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'0' cannot be adapted: .*Packed, a tensor subclass"):
+        apply_dual_lora(model, configuration(["0"]))
+
+
+def test_the_applications_logging_level_is_respected(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        apply_dual_lora(Block(), configuration())
+    assert "adapted" not in caplog.text
 
 
 def test_other_parameters_are_frozen() -> None:

@@ -41,6 +41,7 @@ class EagerBackend:
         workspace: int,
     ) -> None:
         dithers = is_dithered(out.dtype, rounding)
+        factors = factors.to(reference.accumulation_dtype(factors.A.dtype))
         for start, stop, p, q, bits in self._chunks(out, factors, workspace, torch.int32 if dithers else None):
             update = _update(factors.rows(start, stop), p, q)
             target = out[start:stop]
@@ -62,6 +63,7 @@ class EagerBackend:
         gradients: FactorGradients,
         workspace: int,
     ) -> None:
+        factors = factors.to(reference.accumulation_dtype(factors.A.dtype))
         wide = factors.to(h.dtype)
         for start, stop, p, q, grad_q in self._chunks(h, factors, workspace, h.dtype):
             part, grads = wide.rows(start, stop), gradients.rows(start, stop)

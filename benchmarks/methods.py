@@ -1,0 +1,115 @@
+"""Every method on one frozen linear layer, at equal trainable parameters (DoRA adds its magnitude vector).
+
+Ranks follow from Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take
+r = r1 + r2, LoHa, which has four factors itself, half of that. PEFT's adapters keep PEFT's own defaults (fp32 also on a
+bf16 base, zero-initialised updates): how long a step takes does not depend on the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from dual_lora_kernels import DualLoraLinear
+from dual_lora_kernels.reference import SignStraightThrough
+
+ALPHA = 32.0
+"""Numerator of the update's scale, for all methods that have one."""
+INIT_STD = 0.02
+"""Standard deviation of naive Dual LoRA's factors, as `DualLoraLinear`'s default."""
+
+
+def frozen_linear(
+    in_features: int, out_features: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Linear:
+    """A frozen linear layer without bias, W0 ~ N(0, 0.02²): what every method adapts."""
+    linear = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+    nn.init.normal_(linear.weight, std=0.02)
+    return linear.requires_grad_(False)
+
+
+def share(linear: nn.Linear) -> nn.Linear:
+    """Another module on the same weight: W0 is in memory once, however many methods adapt it."""
+    twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
+    twin.weight = linear.weight
+    return twin
+
+
+class NaiveDualLora(nn.Module):
+    """Dual LoRA as it is written down: every N×K intermediate whole, in the layer's dtype, kept for backward.
+
+    No autocast, no dither and no fp32 accumulation, as in the implementations that adopters use.
+    """
+
+    def __init__(self, linear: nn.Linear, r1: int, r2: int) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.scale = ALPHA / math.sqrt(r1 * r2)
+        rows, columns = linear.weight.shape
+
+        def factor(*shape: int) -> nn.Parameter:
+            return nn.Parameter(linear.weight.new_empty(shape).normal_(0.0, INIT_STD))
+
+        self.A, self.B = factor(r1, columns), factor(rows, r1)
+        self.C, self.D = factor(r2, columns), factor(rows, r2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] → [..., out_features]."""
+        sign = SignStraightThrough.apply(self.D @ self.C, "clip", 1.0)
+        return nn.functional.linear(input, self.weight + self.scale * torch.relu(self.B @ self.A) * sign)
+
+
+class _Model(nn.Module):
+    """The smallest model that PEFT adapts: it looks for layers by name inside a model."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.layer = linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.layer(input)
+        return output
+
+
+def _peft(linear: nn.Linear, config: PeftConfig) -> nn.Module:
+    config.target_modules = ["layer"]
+    model: nn.Module = get_peft_model(_Model(linear), config)
+    return model
+
+
+Builder = Callable[[nn.Linear, int, int], nn.Module]
+"""(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
+
+METHODS: dict[str, Builder] = {
+    "lora": lambda linear, r1, r2: _peft(linear, LoraConfig(r=r1 + r2, lora_alpha=int(ALPHA))),
+    "dora": lambda linear, r1, r2: _peft(linear, LoraConfig(r=r1 + r2, lora_alpha=int(ALPHA), use_dora=True)),
+    "loha": lambda linear, r1, r2: _peft(linear, LoHaConfig(r=(r1 + r2) // 2, alpha=int(ALPHA))),
+    "hira": lambda linear, r1, r2: _peft(linear, HiraConfig(r=r1 + r2)),
+    "naive": NaiveDualLora,
+    "dual_lora": lambda linear, r1, r2: DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
+}
+LABELS = {
+    "floor": "three products",
+    "lora": "PEFT LoRA",
+    "dora": "PEFT DoRA",
+    "loha": "PEFT LoHa",
+    "hira": "PEFT HiRA",
+    "naive": "naive Dual LoRA",
+    "dual_lora": "dual_lora_kernels",
+}
+
+
+def build(name: str, linear: nn.Linear, r1: int = 16, r2: int = 16) -> nn.Module:
+    """`linear` adapted by the method `name` of `METHODS`, sharing its weight. LoHa needs r1 + r2 to be even."""
+    if name not in METHODS:
+        raise ValueError(f"method: got {name!r}, expected one of {', '.join(METHODS)}")
+    return METHODS[name](share(linear), r1, r2).train()
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

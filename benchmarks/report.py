@@ -1,0 +1,37 @@
+"""Results as a table on the terminal, Markdown for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+"""Where results land unless the user names another folder."""
+
+
+def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:
+    """The first column to the left, numbers to the right."""
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    alignment = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, alignment, *cells))
+
+
+def write(folder: Path, stem: str, document: dict[str, Any], paragraphs: Sequence[str]) -> None:
+    """`document` as ``stem.json`` and `paragraphs` as ``stem.md`` in `folder`, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
