@@ -1,0 +1,1 @@
+"""Runnable examples of dual_lora_kernels (not installed with the package)."""
