@@ -5,6 +5,8 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 # The CPU build on machines where that is what pip finds; a GPU user installs their own torch first (README).
 TORCH := torch==2.13.0
 OUT ?= results/demo
+# The tests' operations are small: threads that spin between them cost minutes on a machine that others use too.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test lint bench clean
 
