@@ -13,7 +13,7 @@ from dual_lora_kernels import available_backends
 
 from .curves import draw_curves
 from .data import InputError
-from .experiment import Base, adapt, limit_threads, prepare_base
+from .experiment import Base, adapt, prepare_base
 from .models import METHODS, load_base
 from .options import Settings, build_parser, settings_from
 from .report import Results, print_report, write_json, write_markdown
@@ -30,8 +30,7 @@ VERIFIED_BLOCKS = 4
 def compare(settings: Settings, console: Console) -> Results:
     """Runs every stage and returns what was found; writes nothing but the checkpoints."""
     started = time.perf_counter()
-    limit_threads(settings)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"Device: {device}; Dual LoRA backends: {', '.join(available_backends())}")
     base = prepare_base(settings, console)
     model = load_base(base.checkpoint, settings.dtype)

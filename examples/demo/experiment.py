@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, set_seed
@@ -36,12 +35,6 @@ class Base:
     unit: str
     corpus: Corpus
     pretraining: TrainingRun | None
-
-
-def limit_threads(settings: Settings) -> None:
-    """Gives PyTorch the threads that the settings call for."""
-    if settings.cpu_threads is not None:
-        torch.set_num_threads(settings.cpu_threads)
 
 
 def prepare_base(settings: Settings, console: Console) -> Base:

@@ -21,27 +21,17 @@ class Settings:
     model: Path | None = None
     text: Path | None = None
     methods: tuple[str, ...] = tuple(METHODS)
-    pretrain_steps: int = 400
-    steps: int = 100
+    pretrain_steps: int = 300
+    steps: int = 80
     batch_size: int = 4
     block_size: int = 128
-    eval_blocks: int = 96
+    eval_blocks: int = 64
     rank: int = 16
     hidden_size: int = 256
     layers: int = 4
     dtype: str = "float32"
     seed: int = 0
-    threads: int | None = None
     learning_rates: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def cpu_threads(self) -> int | None:
-        """The user's choice, else one for the built-in model and PyTorch's default (None) for a checkpoint.
-
-        The built-in model's operations are too small to share: on two cores of a busy machine a Dual LoRA step took
-        0.33 s with one thread and 0.45 s with two, which wait for each other between operations.
-        """
-        return self.threads or (1 if self.model is None else None)
 
     @property
     def tokens_per_step(self) -> int:
@@ -127,7 +117,6 @@ def build_parser(prog: str, description: str, default_out: str) -> argparse.Argu
         ("seed", int, "seed of initialisation and data order"),
     ):
         add(f"--{name}", type=kind, default=getattr(Settings, name.replace("-", "_")), help=text)
-    add("--threads", type=_positive, help="CPU threads (default: 1 for the built-in model, else all)")
     add("--dtype", choices=DTYPES, default=Settings.dtype, help="dtype of the base model")
     return parser
 
@@ -161,7 +150,6 @@ def settings_from(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         rank=parsed.rank,
         hidden_size=parsed.hidden_size,
         layers=parsed.layers,
-        threads=parsed.threads,
         dtype=parsed.dtype,
         seed=parsed.seed,
         learning_rates=dict(parsed.learning_rate or ()),

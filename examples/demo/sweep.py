@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from .data import InputError
-from .experiment import adapt, limit_threads, prepare_base
+from .experiment import adapt, prepare_base
 from .models import METHODS
 from .options import build_parser, settings_from
 from .report import markdown_table, print_table
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Writes sweep.json and sweep.md and prints the best rate of each method."""
     parser = build_parser("python -m examples.demo.sweep", (__doc__ or "").splitlines()[0], default_out="results/sweep")
     settings = settings_from(parser, arguments)
-    limit_threads(settings)
     console = Console(soft_wrap=True, highlight=False)
     try:
         base = prepare_base(settings, console)
