@@ -45,9 +45,19 @@ class FactorGradients(NamedTuple):
         )
 
     @property
+    def magnitude_wanted(self) -> bool:
+        """Whether ∂P is needed."""
+        return self.A is not None or self.B is not None
+
+    @property
+    def direction_wanted(self) -> bool:
+        """Whether ∂Q is needed."""
+        return self.C is not None or self.D is not None
+
+    @property
     def wanted(self) -> bool:
         """Whether any gradient is to be computed."""
-        return any(accumulator is not None for accumulator in self)
+        return self.magnitude_wanted or self.direction_wanted
 
 
 class Backend(Protocol):

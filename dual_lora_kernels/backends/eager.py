@@ -63,13 +63,25 @@ class EagerBackend:
         gradients: FactorGradients,
         workspace: int,
     ) -> None:
+        # `reference.product_gradients` in place: ∂Q in scratch, then ∂P in h's storage, each only if it is wanted.
         factors = factors.to(reference.accumulation_dtype(factors.A.dtype))
-        wide = factors.to(h.dtype)
+        wide = factors.to(h.dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
         for start, stop, p, q, grad_q in self._chunks(h, factors, workspace, h.dtype):
+            narrow = factors.rows(start, stop)
             part, grads = wide.rows(start, stop), gradients.rows(start, stop)
-            grad_p = _product_gradients(h[start:stop], factors.rows(start, stop), p, q, grad_q, ste, clip_bound)
-            _contract(grad_p, part.B, part.A, grads.B, grads.A)
-            _contract(grad_q, part.D, part.C, grads.D, grads.C)
+            scaled = h[start:stop].mul_(factors.scale)
+            reference.rank_product(narrow.B, narrow.A, p).relu_()
+            reference.rank_product(narrow.D, narrow.C, q)
+            if gradients.direction_wanted:
+                torch.mul(scaled, p, out=grad_q)
+                if ste == "clip":
+                    grad_q.clamp_(-clip_bound, clip_bound)
+                else:
+                    grad_q.copy_(reference.estimator_gradient(grad_q, q, ste))
+                _contract(grad_q, part.D, part.C, grads.D, grads.C)
+            if gradients.magnitude_wanted:
+                grad_p = scaled.mul_(_sign_(q)).mul_(p.gt_(0))
+                _contract(grad_p, part.B, part.A, grads.B, grads.A)
 
     def _chunks(
         self, block: torch.Tensor, factors: Factors, workspace: int, third: torch.dtype | None
@@ -97,27 +109,6 @@ def _update(factors: Factors, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     reference.rank_product(factors.B, factors.A, p)
     reference.rank_product(factors.D, factors.C, q)
     return p.relu_().mul_(_sign_(q, factors.scale))
-
-
-def _product_gradients(
-    h: torch.Tensor,
-    factors: Factors,
-    p: torch.Tensor,
-    q: torch.Tensor,
-    grad_q: torch.Tensor,
-    ste: str,
-    clip_bound: float,
-) -> torch.Tensor:
-    """`reference.product_gradients` of one chunk: writes ∂Q into `grad_q`, returns ∂P in h's storage."""
-    reference.rank_product(factors.B, factors.A, p).relu_()
-    reference.rank_product(factors.D, factors.C, q)
-    h.mul_(factors.scale)
-    torch.mul(h, p, out=grad_q)
-    if ste == "clip":
-        grad_q.clamp_(-clip_bound, clip_bound)
-    else:
-        grad_q.copy_(reference.estimator_gradient(grad_q, q, ste))
-    return h.mul_(_sign_(q)).mul_(p.gt_(0))
 
 
 def _contract(
