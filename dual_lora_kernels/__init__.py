@@ -13,6 +13,7 @@ from .linear import DualLoraLinear
 from .model import apply_dual_lora, merge_dual_lora
 from .panels import set_workspace_bytes, workspace_bytes
 from .parameter_groups import dual_lora_parameter_groups
+from .passes import set_strategy, strategy
 from .warmup import DualLoraWarmup
 
 __version__ = "0.1.0"
@@ -33,6 +34,8 @@ __all__ = [
     "merge_dual_lora",
     "save_dual_lora",
     "set_default_backend",
+    "set_strategy",
     "set_workspace_bytes",
+    "strategy",
     "workspace_bytes",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import panels
+from . import panels, passes
 from .backends import FactorGradients, Factors, resolve_backend
 from .reference import accumulation_dtype
 from .validation import check_scale_value
@@ -80,7 +80,7 @@ def linear_kernel(
     check_scale_value(scale)
     chosen = resolve_backend(backend, input.device, input.dtype, A.dtype)
     bias = None if bias is None else bias.to(input.dtype)
-    return panels.forward(_dense(input), weight, Factors(A, B, C, D, scale), bias, rounding, chosen)
+    return passes.forward(_dense(input), weight, Factors(A, B, C, D, scale), bias, rounding, chosen)
 
 
 @_fake("linear")
@@ -104,7 +104,7 @@ def input_gradient_kernel(
 ) -> torch.Tensor:
     """∂X [M, K] from G [M, N], in G's dtype."""
     chosen = resolve_backend(backend, grad.device, grad.dtype, A.dtype)
-    return panels.input_gradient(_dense(grad), weight, Factors(A, B, C, D, scale), rounding, chosen)
+    return passes.input_gradient(_dense(grad), weight, Factors(A, B, C, D, scale), rounding, chosen)
 
 
 @_fake("input_gradient")
@@ -137,7 +137,7 @@ def parameter_gradients_kernel(
         *(torch.zeros_like(f, dtype=wide) if want else None for f, want in zip((A, B, C, D), wanted, strict=False))
     )
     grad_weight = input.new_empty((B.shape[0], A.shape[1]), dtype=weight_dtype) if wanted[4] else None
-    panels.parameter_gradients(
+    passes.parameter_gradients(
         _dense(grad), _dense(input), Factors(A, B, C, D, scale), ste, clip_bound, accumulators, grad_weight, chosen
     )
     results = [accumulator.to(A.dtype) for accumulator in accumulators if accumulator is not None]

@@ -24,10 +24,19 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _odd_hashes(start: int, count: int, offset: int, device: torch.device) -> torch.Tensor:
-    """Odd 32-bit hashes of `start + offset` … as wrapping int32, shape [count]."""
     index = torch.arange(start, start + count, dtype=torch.int64, device=device)
     hashes = _mix((index + offset) & _MASK32) | 1
     return torch.where(hashes > 0x7FFFFFFF, hashes - 0x100000000, hashes).to(torch.int32)
+
+
+def row_hashes(start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd 32-bit hashes of rows start …, shape [count], as wrapping int32."""
+    return _odd_hashes(start, count, 1, device)
+
+
+def column_hashes(start: int, count: int, device: torch.device) -> torch.Tensor:
+    """Odd 32-bit hashes of columns start …, shape [count], as wrapping int32."""
+    return _odd_hashes(start, count, _COLUMN_SEED, device)
 
 
 def is_dithered(dtype: torch.dtype, rounding: str) -> bool:
@@ -39,8 +48,8 @@ def dither_field(
     rows: int, cols: int, row0: int, col0: int, device: torch.device, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The 32-bit field u = row[n]·col[k] mod 2³² of one block, as wrapping int32 of shape [rows, cols]."""
-    row = _odd_hashes(row0, rows, 1, device)
-    col = _odd_hashes(col0, cols, _COLUMN_SEED, device)
+    row = row_hashes(row0, rows, device)
+    col = column_hashes(col0, cols, device)
     return torch.mul(row[:, None], col[None, :], out=out)
 
 

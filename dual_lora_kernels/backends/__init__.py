@@ -6,12 +6,21 @@ import torch
 
 from .._logging import logger
 from ..validation import check_choice
-from .base import Backend, FactorGradients, Factors
+from .base import Backend, FactorGradients, Factors, FusedPasses
 from .eager import EagerBackend
+from .triton import TritonBackend
 
-__all__ = ["Backend", "FactorGradients", "Factors", "available_backends", "resolve_backend", "set_default_backend"]
+__all__ = [
+    "Backend",
+    "FactorGradients",
+    "Factors",
+    "FusedPasses",
+    "available_backends",
+    "resolve_backend",
+    "set_default_backend",
+]
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (EagerBackend(),)}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), EagerBackend())}
 """In order of preference for ``"auto"``."""
 _default = "auto"
 _announced: set[tuple[str, str]] = set()
@@ -19,11 +28,11 @@ _announced: set[tuple[str, str]] = set()
 
 def available_backends() -> list[str]:
     """Names of the backends that this installation has, in the order in which ``"auto"`` tries them."""
-    return list(_BACKENDS)
+    return [name for name, backend in _BACKENDS.items() if backend.unavailable() is None]
 
 
 def check_backend_name(name: str) -> None:
-    """Raise ValueError unless `name` is a backend of this installation or ``"auto"``."""
+    """Raise ValueError unless `name` is a backend's or ``"auto"``."""
     check_choice("backend", name, ("auto", *_BACKENDS))
 
 
@@ -48,7 +57,9 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype,
     check_backend_name(name)
     reasons: list[str] = []
     for candidate in _BACKENDS.values() if name == "auto" else (_BACKENDS[name],):
-        reason = candidate.supports(device, compute_dtype, factor_dtype)
+        reason = candidate.unavailable() or candidate.supports(device, compute_dtype, factor_dtype)
+        if name == "auto":
+            reason = reason or candidate.reserved(device)
         if reason is None:
             if (candidate.name, device.type) not in _announced:
                 _announced.add((candidate.name, device.type))

@@ -60,13 +60,59 @@ class FactorGradients(NamedTuple):
         return self.magnitude_wanted or self.direction_wanted
 
 
+class FusedPasses(Protocol):
+    """Whole passes as single kernels, for backends that have them. X [M, K], G [M, N]."""
+
+    def serves(self, operation: str, input: torch.Tensor, factors: Factors) -> str | None:
+        """None if a pass on `input` (X, or G for ``"input_gradient"``) can run fused, else the reason why not.
+
+        Operations: ``"forward"``, ``"input_gradient"`` and ``"token_product"`` (H and its contraction).
+        """
+
+    def preferred(self, operation: str, input: torch.Tensor) -> bool:
+        """Whether the pass is expected to be faster fused than over panels."""
+
+    def weight_product(
+        self,
+        operation: str,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        factors: Factors,
+        bias: torch.Tensor | None,
+        rounding: str,
+    ) -> torch.Tensor:
+        """Y = X Wᵀ + b [M, N] for ``"forward"``, ∂X = G W [M, K] for ``"input_gradient"``."""
+
+    def token_product(
+        self,
+        grad: torch.Tensor,
+        input: torch.Tensor,
+        factors: Factors,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        workspace: int,
+    ) -> None:
+        """Add the factors' gradients from G and X to `gradients`; `workspace` bounds temporaries, in bytes."""
+
+
 class Backend(Protocol):
-    """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept."""
+    """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept.
+
+    `fused` holds whole passes as single kernels, or None where every pass runs over panels.
+    """
 
     name: str
+    fused: FusedPasses | None
+
+    def unavailable(self) -> str | None:
+        """None if this installation has the backend, else what is missing."""
 
     def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         """None if the backend serves such a call, else the reason why not, in words."""
+
+    def reserved(self, device: torch.device) -> str | None:
+        """None if ``"auto"`` may choose the backend for `device`, else why a user has to name it."""
 
     def temporaries(self, workspace: int) -> int:
         """Bytes of the workspace that the primitives need for themselves, besides the block they read or write."""
@@ -94,9 +140,11 @@ class Backend(Protocol):
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,
+        compute_dtype: torch.dtype,
         workspace: int,
     ) -> None:
         """Add one block's contributions to `gradients`, from its complete H = Gᵀ X [n, k].
 
-        `h` is contiguous, fp32 or fp64, and may be overwritten.
+        `h` is contiguous, fp32 or fp64, and may be overwritten. `compute_dtype` is that of the forward pass, whose P
+        and Q are to be rebuilt to the bit.
         """

@@ -12,7 +12,7 @@ import torch
 
 from .. import reference
 from ..rounding import dither_, is_dithered
-from .base import FactorGradients, Factors
+from .base import FactorGradients, Factors, FusedPasses
 
 _BUFFERS = 6
 """Chunk-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
@@ -22,8 +22,15 @@ class EagerBackend:
     """The backend that is always there, and the fallback."""
 
     name = "eager"
+    fused: FusedPasses | None = None
+
+    def unavailable(self) -> str | None:
+        return None
 
     def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+        return None
+
+    def reserved(self, device: torch.device) -> str | None:
         return None
 
     def temporaries(self, workspace: int) -> int:
@@ -61,6 +68,7 @@ class EagerBackend:
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,
+        compute_dtype: torch.dtype,
         workspace: int,
     ) -> None:
         # `reference.product_gradients` in place: ∂Q in scratch, then ∂P in h's storage, each only if it is wanted.

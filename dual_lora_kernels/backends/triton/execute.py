@@ -1,0 +1,180 @@
+"""Runs the kernels: output buffers, the dither's vectors, splits of a sum, and partial sums in a fixed order.
+
+Only for devices that `architecture` knows; the backend has checked that.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...reference import accumulation_dtype
+from ...rounding import column_hashes, is_dithered, row_hashes
+from ..base import FactorGradients, Factors
+from . import launches
+from .architecture import Architecture, architecture
+from .shapes import ProductShape
+
+_PROGRAMS_PER_PROCESSOR = 2
+"""A product for few tokens is split over its sum until every processor has so many programs and loads in flight."""
+_HASH_GRANULARITY = 8192
+_hash_cache: dict[torch.device, launches.Hashes] = {}
+
+
+def effective_weight(
+    out: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    row0: int,
+    col0: int,
+    rounding: str,
+) -> None:
+    """See `Backend.effective_weight`."""
+    if out.numel() == 0:
+        return
+    chip = _architecture(out.device)
+    shape = chip.shapes(out.itemsize).effective_weight
+    hashes = _hashes(out, rounding, row0 + out.shape[0], col0 + out.shape[1])
+    launches.effective_weight(out, weight, factors, row0, col0, rounding, hashes, shape, chip).run()
+
+
+def factor_gradients(
+    h: torch.Tensor,
+    factors: Factors,
+    ste: str,
+    clip_bound: float,
+    gradients: FactorGradients,
+    compute_dtype: torch.dtype,
+    budget: int,
+) -> None:
+    """See `Backend.factor_gradients`; partial sums take at most `budget` bytes, or those of one row of tiles."""
+    chip = _architecture(h.device)
+    shape = chip.shapes(compute_dtype.itemsize).factor_gradients
+    for start, stop in _row_groups(
+        h.shape, factors, h.itemsize, shape.rows, shape.columns * shape.column_tiles, budget
+    ):
+        block, part = h[start:stop], factors.rows(start, stop)
+        up, down = _partials(block, block.shape, part, shape.rows, shape.columns * shape.column_tiles)
+        launches.factor_gradients(block, part, ste, clip_bound, gradients, compute_dtype, up, down, shape, chip).run()
+        _accumulate(gradients.rows(start, stop), up, down, part)
+
+
+def weight_product(
+    operation: str,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    bias: torch.Tensor | None,
+    rounding: str,
+) -> torch.Tensor:
+    """Y of ``"forward"``, ∂X of ``"input_gradient"``: [tokens, features] in the input's dtype."""
+    transposed = operation == "input_gradient"
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    tokens, features = input.shape[0], in_features if transposed else out_features
+    if tokens == 0:
+        return input.new_empty(0, features)
+    chip = _architecture(input.device)
+    shape = chip.shapes(input.itemsize).weight_product(operation, tokens)
+    splits = _splits(tokens, features, input.shape[1], shape, chip)
+    dtype = input.dtype if splits == 1 else accumulation_dtype(input.dtype)
+    out = input.new_empty((splits, tokens, features), dtype=dtype)
+    hashes = _hashes(input, rounding, out_features, in_features)
+    launches.weight_product(out, input, weight, factors, bias, rounding, transposed, hashes, shape, chip).run()
+    if splits == 1:
+        return out[0]
+    total = out.sum(0)
+    return (total if bias is None else total.add_(bias)).to(input.dtype)
+
+
+def token_product(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    factors: Factors,
+    ste: str,
+    clip_bound: float,
+    gradients: FactorGradients,
+    budget: int,
+) -> None:
+    """The factors' gradients from G and X, H never leaving registers; `budget` as in `factor_gradients`."""
+    chip = _architecture(input.device)
+    shape = chip.shapes(input.itemsize).token_product
+    extent = (grad.shape[1], input.shape[1])
+    wide = accumulation_dtype(torch.promote_types(input.dtype, factors.A.dtype))
+    for start, stop in _row_groups(extent, factors, wide.itemsize, shape.first, shape.second, budget):
+        part = factors.rows(start, stop)
+        like = input.new_empty(0, dtype=wide)
+        up, down = _partials(like, (stop - start, extent[1]), part, shape.first, shape.second)
+        launches.token_product(
+            grad[:, start:stop], input, part, ste, clip_bound, gradients, up, down, shape, chip
+        ).run()
+        _accumulate(gradients.rows(start, stop), up, down, part)
+
+
+def _architecture(device: torch.device) -> Architecture:
+    chip = architecture(device)
+    assert isinstance(chip, Architecture), chip
+    return chip
+
+
+def _hashes(like: torch.Tensor, rounding: str, rows: int, columns: int) -> launches.Hashes:
+    """The dither's vectors for a weight of at least rows × columns, kept per device.
+
+    Not kept while a CUDA graph is being captured: they would live in that graph's memory.
+    """
+    if not is_dithered(like.dtype, rounding):
+        return launches.Hashes(like, like)  # never read
+    cached = _hash_cache.get(like.device)
+    needed = max(rows, columns)
+    if cached is not None and len(cached.rows) >= needed + _HASH_GRANULARITY:
+        return cached
+    length = launches.ceil_div(needed, _HASH_GRANULARITY) * _HASH_GRANULARITY + _HASH_GRANULARITY
+    hashes = launches.Hashes(row_hashes(0, length, like.device), column_hashes(0, length, like.device))
+    if not (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _hash_cache[like.device] = hashes
+    return hashes
+
+
+def _splits(tokens: int, features: int, length: int, shape: ProductShape, chip: Architecture) -> int:
+    """Into how many parts a product's sum is cut: a small grid would leave processors idle and memory waiting."""
+    programs = launches.ceil_div(tokens, shape.tokens) * launches.ceil_div(features, shape.first)
+    steps = launches.ceil_div(length, shape.second)
+    wanted = min(_PROGRAMS_PER_PROCESSOR * chip.processors // programs, steps // 4)
+    if wanted <= 1:
+        return 1
+    return launches.ceil_div(length, launches.split_length(length, wanted, shape))  # no empty part
+
+
+def _row_groups(
+    extent: tuple[int, ...], factors: Factors, itemsize: int, tile_rows: int, tile_columns: int, budget: int
+) -> list[tuple[int, int]]:
+    """Cut the rows of a block of `extent` so that each group's partial sums fit in `budget` bytes, in whole tiles."""
+    rows, columns = extent
+    ranks = factors.A.shape[0] + factors.C.shape[0]
+    bytes_per_tile_row = itemsize * ranks * (columns + tile_rows * launches.ceil_div(columns, tile_columns))
+    step = max(1, budget // bytes_per_tile_row) * tile_rows
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _partials(
+    like: torch.Tensor, extent: tuple[int, ...], factors: Factors, tile_rows: int, tile_columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buffers of `like`'s dtype for partial sums: up [column tiles, rows, ranks], down [row tiles, ranks, columns]."""
+    rows, columns = extent
+    ranks = factors.A.shape[0] + factors.C.shape[0]
+    return (
+        like.new_empty(launches.ceil_div(columns, tile_columns), rows, ranks),
+        like.new_empty(launches.ceil_div(rows, tile_rows), ranks, columns),
+    )
+
+
+def _accumulate(gradients: FactorGradients, up: torch.Tensor, down: torch.Tensor, factors: Factors) -> None:
+    """Add the partial sums, in a fixed order, where gradients are wanted."""
+    r1 = factors.A.shape[0]
+    total_up, total_down = up.sum(0), down.sum(0)
+    for gradient, part in (
+        (gradients.A, total_down[:r1]),
+        (gradients.B, total_up[:, :r1]),
+        (gradients.C, total_down[r1:]),
+        (gradients.D, total_up[:, r1:]),
+    ):
+        if gradient is not None:
+            gradient.add_(part)

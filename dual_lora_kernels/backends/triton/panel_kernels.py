@@ -1,0 +1,168 @@
+"""Kernels for one panel: write W into a buffer, and contract a panel of H with the factors."""
+
+# Kernels take a tensor's pointer and strides, which their launcher names; line breaks group what belongs together.
+# fmt: off
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import dot, factor_product, load_factor, product_gradient_tiles, round_tile, weight_tile
+
+
+@triton.jit(do_not_specialize=["row0", "column0"])
+def effective_weight_kernel(
+    out, weight, A, B, C, D, scale, row_hashes, column_hashes,
+    rows, columns, r1, r2, row0, column0,
+    out_row_stride, out_column_stride, weight_row_stride, weight_column_stride,
+    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
+    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, DITHER: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr, CANONICAL_NAN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out [rows, columns] = round(W0 + ΔW) of one block; a program writes one tile. `out` may be `weight`."""
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    row = tl.program_id(0) // column_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(0) % column_tiles * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if WIDE:
+        row, column = row.to(tl.int64), column.to(tl.int64)
+    p = factor_product(
+        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
+        ACCUMULATOR, SPLIT, False, INTERPRETED,
+    )
+    q = factor_product(
+        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
+        ACCUMULATOR, SPLIT, False, INTERPRETED,
+    )
+    base = p
+    if HAS_WEIGHT:
+        base = load_factor(
+            weight, row, column, rows, columns, weight_row_stride, weight_column_stride, MASK_ROWS, MASK_COLUMNS
+        )
+    total = weight_tile(base, p.to(COMPUTE), q.to(COMPUTE), tl.load(scale).to(COMPUTE), HAS_WEIGHT)
+    row_hash, column_hash = row, column
+    if DITHER:
+        row_hash = tl.load(row_hashes + row0 + row)  # both vectors are longer than any tile reaches
+        column_hash = tl.load(column_hashes + column0 + column)
+    rounded = round_tile(total, row_hash, column_hash, out.dtype.element_ty, DITHER, CANONICAL_NAN, INTERPRETED)
+    pointers = out + row[:, None] * out_row_stride + column[None, :] * out_column_stride
+    if MASK_ROWS or MASK_COLUMNS:
+        tl.store(pointers, rounded, mask=inside)
+    else:
+        tl.store(pointers, rounded)
+
+
+@triton.jit
+def contribute(
+    h, p, q, scale, clip_bound,
+    A, B, C, D, row, column, rows, columns, r1, r2, ranks,
+    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+    gradient_B, gradient_D, down_partials,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, STE: tl.constexpr,
+    WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):
+    """One tile's part of the factors' gradients, for the ranks of one slice.
+
+    ∂B = ∂P Aᵀ and ∂D = ∂Q Cᵀ are added to the accumulators [rows, ranks], which are returned; ∂A = Bᵀ ∂P and ∂C = Dᵀ ∂Q
+    are stored to `down_partials` [r1 + r2, columns], whose sum over blocks of rows the caller takes.
+    """
+    grad_p, grad_q = product_gradient_tiles(h, p, q, scale, clip_bound, STE)
+    if WANT_MAGNITUDE:
+        down = load_factor(A, ranks, column, r1, columns, A_rank_stride, A_column_stride, True, MASK_COLUMNS)
+        up = load_factor(B, row, ranks, rows, r1, B_row_stride, B_rank_stride, MASK_ROWS, True)
+        gradient_B = dot(grad_p, tl.trans(down).to(grad_p.dtype), gradient_B, PRECISION, INTERPRETED)
+        part = tl.zeros(down.shape, dtype=grad_p.dtype)
+        part = dot(tl.trans(up).to(grad_p.dtype), grad_p, part, PRECISION, INTERPRETED)
+        tl.store(
+            down_partials + ranks[:, None] * columns + column[None, :], part,
+            mask=(ranks < r1)[:, None] & (column < columns)[None, :],
+        )
+    if WANT_DIRECTION:
+        down = load_factor(C, ranks, column, r2, columns, C_rank_stride, C_column_stride, True, MASK_COLUMNS)
+        up = load_factor(D, row, ranks, rows, r2, D_row_stride, D_rank_stride, MASK_ROWS, True)
+        gradient_D = dot(grad_q, tl.trans(down).to(grad_q.dtype), gradient_D, PRECISION, INTERPRETED)
+        part = tl.zeros(down.shape, dtype=grad_q.dtype)
+        part = dot(tl.trans(up).to(grad_q.dtype), grad_q, part, PRECISION, INTERPRETED)
+        tl.store(
+            down_partials + (r1 + ranks)[:, None] * columns + column[None, :], part,
+            mask=(ranks < r2)[:, None] & (column < columns)[None, :],
+        )
+    return gradient_B, gradient_D
+
+
+@triton.jit
+def store_up(
+    up_partials, gradient_B, gradient_D, row, rows, r1, r2, ranks,
+    WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
+):
+    """∂B and ∂D of a row block into `up_partials` [rows, r1 + r2]; their sum over column blocks is the caller's."""
+    pointers = up_partials + row[:, None] * (r1 + r2) + ranks[None, :]
+    if WANT_MAGNITUDE:
+        tl.store(pointers, gradient_B, mask=(row < rows)[:, None] & (ranks < r1)[None, :])
+    if WANT_DIRECTION:
+        tl.store(pointers + r1, gradient_D, mask=(row < rows)[:, None] & (ranks < r2)[None, :])
+
+
+@triton.jit
+def factor_gradients_kernel(
+    h, A, B, C, D, scale, up_partials, down_partials, clip_bound,
+    rows, columns, r1, r2, h_row_stride,
+    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, COLUMN_TILES: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
+    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    STE: tl.constexpr, WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):
+    """Partial factor gradients from one block of H [rows, columns].
+
+    Program (i, j, z) takes row tile i, ``COLUMN_TILES`` column tiles from j on, and slice z of the ranks. Partials, one
+    dtype with H: up [column groups, rows, r1 + r2], down [row tiles, r1 + r2, columns].
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    ranks = tl.program_id(2) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    if WIDE:
+        row, ranks = row.to(tl.int64), ranks.to(tl.int64)
+    up_partials += tl.program_id(1).to(tl.int64) * rows * (r1 + r2)
+    down_partials += tl.program_id(0).to(tl.int64) * (r1 + r2) * columns
+    wide: tl.constexpr = h.dtype.element_ty
+    s = tl.load(scale).to(wide)
+    gradient_B = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=wide)
+    gradient_D = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=wide)
+    for tile in range(COLUMN_TILES):
+        column = (tl.program_id(1) * COLUMN_TILES + tile) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        if WIDE:
+            column = column.to(tl.int64)
+        p = factor_product(
+            B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
+            ACCUMULATOR, SPLIT, False, INTERPRETED,
+        )
+        q = factor_product(
+            D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
+            ACCUMULATOR, SPLIT, False, INTERPRETED,
+        )
+        h_tile = load_factor(h, row, column, rows, columns, h_row_stride, 1, MASK_ROWS, MASK_COLUMNS)
+        gradient_B, gradient_D = contribute(
+            h_tile, p.to(wide), q.to(wide), s, clip_bound,
+            A, B, C, D, row, column, rows, columns, r1, r2, ranks,
+            A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+            C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+            gradient_B, gradient_D, down_partials,
+            MASK_ROWS, MASK_COLUMNS, STE, WANT_MAGNITUDE, WANT_DIRECTION, PRECISION, INTERPRETED,
+        )
+    store_up(up_partials, gradient_B, gradient_D, row, rows, r1, r2, ranks, WANT_MAGNITUDE, WANT_DIRECTION)

@@ -1,0 +1,79 @@
+"""Tile shapes of every kernel, per architecture family: data, in ``tile_shapes.json``, each with its origin.
+
+``python -m benchmarks.tune`` measures the shapes on the GPU at hand and rewrites that GPU's entries. Families named
+``any_32bit`` and ``any_64bit`` hold the shapes for fp32 and fp64 computation, on every chip.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATH = Path(__file__).parent / "tile_shapes.json"
+
+
+@dataclass(frozen=True)
+class PanelShape:
+    """A tile of W or H [rows, columns]; `column_tiles` of them to a program in `factor_gradients`."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    column_tiles: int = 1
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """A tile of a fused product: `first` × `tokens` outputs, `second` a step of the sum; for up to `up_to` tokens.
+
+    In `token_product` first and second are rows and columns of H, and `tokens` is the step.
+    """
+
+    tokens: int
+    first: int
+    second: int
+    warps: int
+    stages: int
+    up_to: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One family's entries. `fused_up_to`: the largest number of tokens for which a pass runs fused."""
+
+    effective_weight: PanelShape
+    factor_gradients: PanelShape
+    forward: tuple[ProductShape, ...]
+    input_gradient: tuple[ProductShape, ...]
+    token_product: ProductShape
+    fused_up_to: dict[str, int]
+
+    def weight_product(self, operation: str, tokens: int) -> ProductShape:
+        """The first shape of ``"forward"`` or ``"input_gradient"`` that is meant for so many tokens."""
+        entries: tuple[ProductShape, ...] = getattr(self, operation)
+        return next((shape for shape in entries if shape.up_to is None or tokens <= shape.up_to), entries[-1])
+
+
+def parse(entry: dict[str, Any]) -> Shapes:
+    """One family's entry of the file."""
+    return Shapes(
+        effective_weight=PanelShape(**entry["effective_weight"]),
+        factor_gradients=PanelShape(**entry["factor_gradients"]),
+        forward=tuple(ProductShape(**shape) for shape in entry["forward"]),
+        input_gradient=tuple(ProductShape(**shape) for shape in entry["input_gradient"]),
+        token_product=ProductShape(**entry["token_product"]),
+        fused_up_to=dict(entry["fused_up_to"]),
+    )
+
+
+def load(path: Path = PATH) -> dict[str, Shapes]:
+    """All families of a table."""
+    return {family: parse(entry) for family, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+TABLE = load()

@@ -1,0 +1,85 @@
+"""The three passes of a layer, each as one fused kernel or over panels, whichever its backend expects to be faster."""
+
+from __future__ import annotations
+
+import torch
+
+from . import panels
+from .backends import Backend, FactorGradients, Factors, FusedPasses
+from .validation import check_choice
+
+STRATEGIES = ("auto", "fused", "panels")
+_strategy = "auto"
+
+
+def set_strategy(name: str) -> None:
+    """Choose how passes run: ``"panels"``, ``"fused"``, or ``"auto"``, the one that the backend expects to be faster.
+
+    ``"fused"`` raises ValueError in calls that cannot run so. The weights used are the same bits either way.
+    """
+    global _strategy
+    check_choice("strategy", name, STRATEGIES)
+    _strategy = name
+
+
+def strategy() -> str:
+    """What `set_strategy` chose; ``"auto"`` at first."""
+    return _strategy
+
+
+def _fused(operation: str, input: torch.Tensor, factors: Factors, backend: Backend) -> FusedPasses | None:
+    """The backend's fused passes if this one is to use them."""
+    if _strategy == "panels":
+        return None
+    if backend.fused is None:
+        reason: str | None = "it has no fused kernels"
+    else:
+        reason = backend.fused.serves(operation, input, factors)
+        if reason is None and (_strategy == "fused" or backend.fused.preferred(operation, input)):
+            return backend.fused
+    if _strategy == "fused":
+        raise ValueError(f"strategy: got 'fused', which backend {backend.name!r} does not serve here: {reason}")
+    return None
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    bias: torch.Tensor | None,
+    rounding: str,
+    backend: Backend,
+) -> torch.Tensor:
+    """Y = X Wᵀ + b, [M, N]."""
+    fused = _fused("forward", x, factors, backend)
+    if fused is not None:
+        return fused.weight_product("forward", x, weight, factors, bias, rounding)
+    return panels.forward(x, weight, factors, bias, rounding, backend)
+
+
+def input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor | None, factors: Factors, rounding: str, backend: Backend
+) -> torch.Tensor:
+    """∂X = G W, [M, K]."""
+    fused = _fused("input_gradient", grad, factors, backend)
+    if fused is not None:
+        return fused.weight_product("input_gradient", grad, weight, factors, None, rounding)
+    return panels.input_gradient(grad, weight, factors, rounding, backend)
+
+
+def parameter_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    factors: Factors,
+    ste: str,
+    clip_bound: float,
+    gradients: FactorGradients,
+    grad_weight: torch.Tensor | None,
+    backend: Backend,
+) -> None:
+    """The factors' gradients, and ∂W0 if given; that one needs H itself, so it always runs over panels."""
+    fused = _fused("token_product", x, factors, backend) if grad_weight is None else None
+    if fused is not None:
+        fused.token_product(grad, x, factors, ste, clip_bound, gradients, panels.workspace_bytes())
+    else:
+        panels.parameter_gradients(grad, x, factors, ste, clip_bound, gradients, grad_weight, backend)
