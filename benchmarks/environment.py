@@ -6,7 +6,8 @@ import datetime
 import os
 import platform
 import re
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import dual_lora_kernels
 
 _CPU_INFO = Path("/proc/cpuinfo")
+_AMD_DRIVER = Path("/sys/module/amdgpu/version")
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """Short names of dtypes, on command lines and in file names."""
 
@@ -40,6 +42,58 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def installed(package: str) -> str | None:
+    """An installed package's version, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    """Driver, CUDA or ROCm, memory, processors and clocks (MHz) of a GPU; None elsewhere, as is what cannot be read."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "architecture": getattr(properties, "gcnArchName", "").partition(":")[0]
+        if torch.version.hip
+        else f"sm_{properties.major}{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "processors": properties.multi_processor_count,
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        **(_amd_driver(device) if torch.version.hip else _nvidia_driver(properties)),
+    }
+
+
+def _nvidia_driver(properties: Any) -> dict[str, Any]:
+    names = {
+        "driver": "driver_version",
+        "clock": "clocks.sm",
+        "memory_clock": "clocks.mem",
+        "clock_max": "clocks.max.sm",
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [*query, "-i", f"GPU-{properties.uuid}"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return dict.fromkeys(names)
+    return dict(zip(names, (field.strip() for field in answer.split(",")), strict=False))
+
+
+def _amd_driver(device: torch.device) -> dict[str, Any]:
+    try:
+        clock: int | None = torch.cuda.clock_rate(device)
+    except Exception:  # what amdsmi raises depends on its version, and it may be missing
+        clock = None
+    driver = _AMD_DRIVER.read_text(encoding="utf-8").strip() if _AMD_DRIVER.exists() else None
+    return {"driver": driver, "clock": clock}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads, load, versions and date.
 
@@ -48,13 +102,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "gpu": gpu(device),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "peft": version("peft"),
+        "triton": installed("triton") or installed("pytorch-triton-rocm"),
+        "peft": installed("peft"),
         "dual_lora_kernels": dual_lora_kernels.__version__,
         "backends": dual_lora_kernels.available_backends(),
     }
@@ -62,9 +118,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def sentence(about: dict[str, Any]) -> str:
     """The environment in one line of Markdown."""
+    facts = about["gpu"] or {}
+    chip = "".join(f", {name} {facts[name]}" for name in ("driver", "cuda", "rocm") if facts.get(name))
     return (
-        f"{about['date']}; {about['device']} ({about['cpu']}, {about['threads']} of {about['cores']} cores, load "
+        f"{about['date']}; {about['device']}{chip} ({about['cpu']}, {about['threads']} of {about['cores']} cores, load "
         f"average {about['load_average']} at the start); Python {about['python']}, torch {about['torch']}, "
-        f"peft {about['peft']}, dual_lora_kernels {about['dual_lora_kernels']} "
-        f"(backends: {', '.join(about['backends'])})."
+        f"triton {about['triton'] or 'missing'}, peft {about['peft'] or 'missing'}, "
+        f"dual_lora_kernels {about['dual_lora_kernels']} (backends: {', '.join(about['backends'])})."
     )

@@ -2,7 +2,8 @@
 
 Ranks follow from Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take
 r = r1 + r2, LoHa, which has four factors itself, half of that. PEFT's adapters keep PEFT's own defaults (fp32 also on a
-bf16 base, zero-initialised updates): how long a step takes does not depend on the values.
+bf16 base, zero-initialised updates): how long a step takes does not depend on the values. PEFT is imported when one of
+its methods is built, so the others run where it is not installed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from dual_lora_kernels import DualLoraLinear
@@ -75,9 +75,13 @@ class _Model(nn.Module):
         return output
 
 
-def _peft(linear: nn.Linear, config: PeftConfig) -> nn.Module:
-    config.target_modules = ["layer"]
-    model: nn.Module = get_peft_model(_Model(linear), config)
+def _peft(linear: nn.Linear, config: str, **options: object) -> nn.Module:
+    """The layer under PEFT's configuration class `config`. ImportError where PEFT, or that class of it, is missing."""
+    import peft
+
+    if not hasattr(peft, config):
+        raise ImportError(f"peft {peft.__version__} has no {config}")
+    model: nn.Module = peft.get_peft_model(_Model(linear), getattr(peft, config)(target_modules=["layer"], **options))
     return model
 
 
@@ -85,10 +89,10 @@ Builder = Callable[[nn.Linear, int, int], nn.Module]
 """(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
 
 METHODS: dict[str, Builder] = {
-    "lora": lambda linear, r1, r2: _peft(linear, LoraConfig(r=r1 + r2, lora_alpha=int(ALPHA))),
-    "dora": lambda linear, r1, r2: _peft(linear, LoraConfig(r=r1 + r2, lora_alpha=int(ALPHA), use_dora=True)),
-    "loha": lambda linear, r1, r2: _peft(linear, LoHaConfig(r=(r1 + r2) // 2, alpha=int(ALPHA))),
-    "hira": lambda linear, r1, r2: _peft(linear, HiraConfig(r=r1 + r2)),
+    "lora": lambda linear, r1, r2: _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA)),
+    "dora": lambda linear, r1, r2: _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA), use_dora=True),
+    "loha": lambda linear, r1, r2: _peft(linear, "LoHaConfig", r=(r1 + r2) // 2, alpha=int(ALPHA)),
+    "hira": lambda linear, r1, r2: _peft(linear, "HiraConfig", r=r1 + r2),
     "naive": NaiveDualLora,
     "dual_lora": lambda linear, r1, r2: DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,15 @@ def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> s
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, alignment, *cells))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all: an interrupted benchmark leaves the last complete version."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def write(folder: Path, stem: str, document: dict[str, Any], paragraphs: Sequence[str]) -> None:
     """`document` as ``stem.json`` and `paragraphs` as ``stem.md`` in `folder`, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{stem}.md").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    write_text(folder / f"{stem}.json", json.dumps(document, indent=1) + "\n")
+    write_text(folder / f"{stem}.md", "\n\n".join(paragraphs) + "\n")

@@ -7,6 +7,7 @@ steadier than the ratio of two medians.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Seconds = dict[str, list[float]]
 """Candidate → its time in each round, in seconds; entry i of all of them is from the same round."""
+
+
+FEWEST_ROUNDS = 3
+"""Rounds that a time limit does not cut: fewer have no quartiles worth the name."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +54,26 @@ def interleaved(
     warmup: int,
     device: torch.device,
     console: Console | None = None,
+    limit: float = math.inf,
+    show: bool = True,
 ) -> Seconds:
     """Time every candidate once a round, after `warmup` rounds that are not counted.
 
-    A candidate's result is released outside its time. On CUDA the time includes the launches and ends with the device.
+    A candidate's result is released outside its time. On CUDA the time is the device's own, from the candidate's start
+    on an idle device to its end, so it includes launches that the device waits for. After `limit` seconds no round is
+    begun, once there are ``FEWEST_ROUNDS``. Without `show` there is no progress bar, for callers that have their own.
     """
     if not candidates or rounds < 1 or warmup < 0:
         raise ValueError(f"got {len(candidates)} candidates, {rounds} rounds, {warmup} warm-up rounds: nothing to time")
     names = list(candidates)
     seconds: Seconds = {name: [] for name in names}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
         task = progress.add_task("timing", total=(rounds + warmup) * len(names))
         for index in range(-warmup, rounds):
+            if index >= FEWEST_ROUNDS and time.perf_counter() - started > limit:
+                break
             first = index % len(names)
             for name in names[first:] + names[:first]:
                 progress.update(task, description="warming up" if index < 0 else f"round {index + 1}: {name}")
@@ -73,15 +85,18 @@ def interleaved(
 
 
 def _run(function: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    _synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+    if device.type != "cuda":
+        start = time.perf_counter()
+        result = function()
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device(device):
         torch.cuda.synchronize(device)
+        begin.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize(device)
+    del result
+    return float(begin.elapsed_time(end)) / 1e3

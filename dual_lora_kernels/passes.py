@@ -34,7 +34,7 @@ def _fused(operation: str, input: torch.Tensor, factors: Factors, backend: Backe
     if backend.fused is None:
         reason: str | None = "it has no fused kernels"
     else:
-        reason = backend.fused.serves(operation, input, factors)
+        reason = backend.fused.serves(operation, input, factors, panels.workspace_bytes())
         if reason is None and (_strategy == "fused" or backend.fused.preferred(operation, input)):
             return backend.fused
     if _strategy == "fused":

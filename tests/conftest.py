@@ -1,16 +1,31 @@
-"""The numerical suite runs on every backend and device that the machine has."""
+"""The numerical suite runs on every backend and device that the machine has.
+
+``TRITON_INTERPRET=1 pytest`` runs it on the Triton backend in Triton's interpreter, on a CPU, and nothing else.
+"""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from dual_lora_kernels import available_backends, set_workspace_bytes, workspace_bytes
+from dual_lora_kernels import available_backends, set_strategy, set_workspace_bytes, strategy, workspace_bytes
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
+
+if IS_INTERPRETED:
+    from .interpreter import speed_up
+
+    speed_up()
 
 settings.register_profile(
     "default",
-    max_examples=40,
+    max_examples=6 if IS_INTERPRETED else 40,  # a pass takes a second there
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -18,14 +33,40 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+class BackendCase(NamedTuple):
+    """A backend and the strategy that its passes run with."""
+
+    name: str
+    strategy: str
+
+    def runs_on(self, device: str) -> bool:
+        """Whether this run can execute it on `device`, ``"cpu"`` or ``"cuda"``."""
+        return self.name != "triton" or device == "cuda" or IS_INTERPRETED
+
+
+CASES = [
+    BackendCase(name, strategy)
+    for name in available_backends()
+    for strategy in (("panels", "fused") if name == "triton" else ("auto",))
+]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out (deselect, and so report) what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Leave out (deselect, and so report) what this machine or this run cannot execute."""
+    kept = [item for item in items if _runs_here(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not _runs_here(item)])
+        items[:] = kept
+
+
+def _runs_here(item: pytest.Item) -> bool:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return False
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    case = parameters.get("backend")
+    if IS_INTERPRETED and not ((case and case.name == "triton") or item.get_closest_marker("interpreter")):
+        return False
+    return case is None or case.runs_on(parameters.get("device", "cpu"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -34,11 +75,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture(params=available_backends())
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend of this installation."""
-    name: str = request.param
-    return name
+@pytest.fixture(params=CASES, ids=lambda case: case.name if case.strategy == "auto" else "-".join(case))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend of this installation, with its kernels over panels and fused where it has both."""
+    before = strategy()
+    set_strategy(request.param.strategy)
+    yield request.param.name
+    set_strategy(before)
 
 
 @pytest.fixture

@@ -63,10 +63,11 @@ class FactorGradients(NamedTuple):
 class FusedPasses(Protocol):
     """Whole passes as single kernels, for backends that have them. X [M, K], G [M, N]."""
 
-    def serves(self, operation: str, input: torch.Tensor, factors: Factors) -> str | None:
+    def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
         """None if a pass on `input` (X, or G for ``"input_gradient"``) can run fused, else the reason why not.
 
-        Operations: ``"forward"``, ``"input_gradient"`` and ``"token_product"`` (H and its contraction).
+        Operations: ``"forward"``, ``"input_gradient"`` and ``"token_product"`` (H and its contraction). `workspace`
+        bounds temporaries, in bytes.
         """
 
     def preferred(self, operation: str, input: torch.Tensor) -> bool:

@@ -70,13 +70,16 @@ class TritonBackend:
 class TritonFused:
     """The passes as one kernel each."""
 
-    def serves(self, operation: str, input: torch.Tensor, factors: Factors) -> str | None:
+    def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
+        from .execute import least_token_product_bytes
         from .launches import MAX_BLOCK_RANK, fits_one_slice
 
         if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
             return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
         if operation == "token_product" and not fits_one_slice(factors):
             return f"ranks {factors.A.shape[0]} and {factors.C.shape[0]} exceed {MAX_BLOCK_RANK}, a tile's limit"
+        if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
+            return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
         return None
 
     def preferred(self, operation: str, input: torch.Tensor) -> bool:

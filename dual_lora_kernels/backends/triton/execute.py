@@ -109,6 +109,19 @@ def token_product(
         _accumulate(gradients.rows(start, stop), up, down, part)
 
 
+def least_token_product_bytes(input: torch.Tensor, factors: Factors) -> int:
+    """Bytes of the partial sums of one row of tiles, the least that `token_product` works with."""
+    shape = _architecture(input.device).shapes(input.itemsize).token_product
+    itemsize = accumulation_dtype(input.dtype).itemsize
+    return _partial_bytes(input.shape[1], factors, itemsize, shape.first, shape.second)
+
+
+def _partial_bytes(columns: int, factors: Factors, itemsize: int, tile_rows: int, tile_columns: int) -> int:
+    """Bytes of partial sums for one row of tiles."""
+    ranks = factors.A.shape[0] + factors.C.shape[0]
+    return itemsize * ranks * (columns + tile_rows * launches.ceil_div(columns, tile_columns))
+
+
 def _architecture(device: torch.device) -> Architecture:
     chip = architecture(device)
     assert isinstance(chip, Architecture), chip
@@ -148,9 +161,8 @@ def _row_groups(
 ) -> list[tuple[int, int]]:
     """Cut the rows of a block of `extent` so that each group's partial sums fit in `budget` bytes, in whole tiles."""
     rows, columns = extent
-    ranks = factors.A.shape[0] + factors.C.shape[0]
-    bytes_per_tile_row = itemsize * ranks * (columns + tile_rows * launches.ceil_div(columns, tile_columns))
-    step = max(1, budget // bytes_per_tile_row) * tile_rows
+    bytes_each = _partial_bytes(columns, factors, itemsize, tile_rows, tile_columns)
+    step = max(1, budget // bytes_each) * tile_rows
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

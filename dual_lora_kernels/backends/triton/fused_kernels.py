@@ -8,32 +8,37 @@ import triton
 import triton.language as tl
 
 from .panel_kernels import contribute, store_up
-from .tiles import dot, factor_product, load_factor, narrow, round_tile, weight_tile
+from .tiles import dot, effective_tile, factor_product, load_factor, narrow
 
 
 @triton.jit
 def weight_product_kernel(
-    out, input, weight, magnitude_first, magnitude_second, direction_first, direction_second,
-    scale, bias, first_hashes, second_hashes,
-    tokens, first_count, second_count, r1, r2, split_length,
-    out_split_stride, out_token_stride, input_token_stride, input_stride, weight_first_stride, weight_second_stride,
-    magnitude_first_stride, magnitude_first_rank_stride, magnitude_second_rank_stride, magnitude_second_stride,
-    direction_first_stride, direction_first_rank_stride, direction_second_rank_stride, direction_second_stride,
+    out, input, weight, A, B, C, D, scale, bias, row_hashes, column_hashes,
+    tokens, rows, columns, r1, r2, split_length,
+    out_split_stride, out_token_stride, input_token_stride, input_stride, weight_row_stride, weight_column_stride,
+    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
     BLOCK_TOKENS: tl.constexpr, BLOCK_FIRST: tl.constexpr, BLOCK_SECOND: tl.constexpr,
     BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
     BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
     MASK_TOKENS: tl.constexpr, MASK_FIRST: tl.constexpr, MASK_SECOND: tl.constexpr, WIDE: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DITHER: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DITHER: tl.constexpr,
     ACCUMULATOR: tl.constexpr, COMPUTE: tl.constexpr, PRODUCT: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, CANONICAL_NAN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
-    """out [tokens, first] = input [tokens, second] · Wᵀ, W [first, second] rebuilt tile by tile.
+    """Y = X Wᵀ + b, or ∂X = G W where ``TRANSPOSED``, with W [rows, columns] rebuilt tile by tile.
 
-    Forward: first = out_features, second = in_features, out = Y. ``TRANSPOSED``, ∂X: first = in_features, second =
-    out_features, so every tile of W is built transposed. The tile is the left operand of the product, straight from
-    registers. Program (i, j) takes tile i, tokens fastest, and part j of the sum over second, `split_length` long.
+    Out [tokens, first], input [tokens, second]: first is the weight's axis that stays (rows in the forward pass),
+    second the one that is summed. The product is computed transposed, so that in the forward pass a tile of W is its
+    left operand, straight from registers. Program (i, j) takes tile i, tokens fastest, and part j of the sum,
+    `split_length` long.
     """
+    BLOCK_ROWS: tl.constexpr = BLOCK_SECOND if TRANSPOSED else BLOCK_FIRST
+    BLOCK_COLUMNS: tl.constexpr = BLOCK_FIRST if TRANSPOSED else BLOCK_SECOND
+    MASK_ROWS: tl.constexpr = MASK_SECOND if TRANSPOSED else MASK_FIRST
+    MASK_COLUMNS: tl.constexpr = MASK_FIRST if TRANSPOSED else MASK_SECOND
+    first_count = columns if TRANSPOSED else rows
+    second_count = rows if TRANSPOSED else columns
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     token = tl.program_id(0) % token_tiles * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     first = tl.program_id(0) // token_tiles * BLOCK_FIRST + tl.arange(0, BLOCK_FIRST)
@@ -42,40 +47,31 @@ def weight_product_kernel(
     if WIDE:
         first, token = first.to(tl.int64), token.to(tl.int64)
     s = tl.load(scale).to(COMPUTE)
-    first_hash = first
-    if DITHER:
-        first_hash = tl.load(first_hashes + first)  # both vectors are longer than any tile reaches
     accumulator = tl.zeros((BLOCK_FIRST, BLOCK_TOKENS), dtype=PRODUCT)
     for position in range(start, stop, BLOCK_SECOND):
         second = position + tl.arange(0, BLOCK_SECOND)
-        second_hash = second
-        if DITHER:
-            second_hash = tl.load(second_hashes + second)
         if WIDE:
             second = second.to(tl.int64)
-        base = tl.zeros((BLOCK_FIRST, BLOCK_SECOND), dtype=COMPUTE)
-        if HAS_WEIGHT:
-            base = load_factor(
-                weight, first, second, first_count, stop, weight_first_stride, weight_second_stride,
-                MASK_FIRST, MASK_SECOND,
-            )
         x = load_factor(
             input, second, token, stop, tokens, input_stride, input_token_stride, MASK_SECOND, MASK_TOKENS
         )
-        p = factor_product(
-            magnitude_first, magnitude_second, first, second, first_count, stop, r1,
-            magnitude_first_stride, magnitude_first_rank_stride, magnitude_second_rank_stride, magnitude_second_stride,
-            BLOCK_FIRST, BLOCK_SECOND, BLOCK_R1, SLICES_1, MASK_FIRST, MASK_SECOND, MASK_R1,
-            ACCUMULATOR, SPLIT, TRANSPOSED, INTERPRETED,
+        # W's tile is built the same way round for both products: rows of W0 are contiguous in memory. For ∂X it then goes
+        # through shared memory, in 15 % fewer instructions on sm_90 than when it is built transposed.
+        row, column = first, second
+        row_stop, column_stop = first_count, stop
+        if TRANSPOSED:
+            row, column = second, first
+            row_stop, column_stop = stop, first_count
+        tile = effective_tile(
+            weight, A, B, C, D, s, row_hashes, column_hashes, row, column, row_stop, column_stop, r1, r2,
+            weight_row_stride, weight_column_stride, A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+            C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
+            MASK_ROWS, MASK_COLUMNS, HAS_WEIGHT, DITHER,
+            input.dtype.element_ty, ACCUMULATOR, COMPUTE, SPLIT, CANONICAL_NAN, INTERPRETED,
         )
-        q = factor_product(
-            direction_first, direction_second, first, second, first_count, stop, r2,
-            direction_first_stride, direction_first_rank_stride, direction_second_rank_stride, direction_second_stride,
-            BLOCK_FIRST, BLOCK_SECOND, BLOCK_R2, SLICES_2, MASK_FIRST, MASK_SECOND, MASK_R2,
-            ACCUMULATOR, SPLIT, TRANSPOSED, INTERPRETED,
-        )
-        total = weight_tile(base, p.to(COMPUTE), q.to(COMPUTE), s, HAS_WEIGHT)
-        tile = round_tile(total, first_hash, second_hash, input.dtype.element_ty, DITHER, CANONICAL_NAN, INTERPRETED)
+        if TRANSPOSED:
+            tile = tl.trans(tile)
         accumulator = dot(tile, x, accumulator, PRECISION, INTERPRETED)
     if HAS_BIAS:
         accumulator += tl.load(bias + first, mask=first < first_count, other=0.0).to(PRODUCT)[:, None]
@@ -127,12 +123,12 @@ def token_product_kernel(
     p = factor_product(
         B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-        ACCUMULATOR, SPLIT, False, INTERPRETED,
+        ACCUMULATOR, SPLIT, INTERPRETED,
     )
     q = factor_product(
         D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-        ACCUMULATOR, SPLIT, False, INTERPRETED,
+        ACCUMULATOR, SPLIT, INTERPRETED,
     )
     gradient_B = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)
     gradient_D = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)

@@ -155,7 +155,7 @@ def factor_gradients(
         dict(
             BLOCK_ROWS=shape.rows, BLOCK_COLUMNS=shape.columns, COLUMN_TILES=shape.column_tiles,
             BLOCK_RANK=max(block.block for block in blocks), **_rank_constants(factors),
-            MASK_ROWS=rows % shape.rows != 0, MASK_COLUMNS=columns % (shape.columns * shape.column_tiles) != 0,
+            MASK_ROWS=rows % shape.rows != 0, MASK_COLUMNS=columns % shape.columns != 0,
             WIDE=_is_wide(h, *factors[:4]),
             **_estimator_constants(ste, gradients),
             ACCUMULATOR=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
@@ -184,42 +184,32 @@ def weight_product(
     Split i sums its part of the second dimension. The bias is added only where there is one split.
     """
     splits, tokens, first = out.shape
-    A, B, C, D, _ = factors
+    rows, columns = factors.B.shape[0], factors.A.shape[1]
+    second = input.shape[1]
     accumulator = accumulation_dtype(factors.A.dtype)
-    product = accumulation_dtype(input.dtype)
-    firsts, seconds = ((A.t(), C.t()), (B.t(), D.t())) if transposed else ((B, D), (A, C))
-    second_count = input.shape[1]
-    length = split_length(second_count, splits, shape)
-    view = None if weight is None else weight.t() if transposed else weight
-    first_hashes, second_hashes = hashes[::-1] if transposed else hashes
     return Launch(
         weight_product_kernel,
         (ceil_div(tokens, shape.tokens) * ceil_div(first, shape.first), splits),
         dict(
-            out=out, input=input, weight=input if view is None else view,
-            magnitude_first=firsts[0], magnitude_second=seconds[0],
-            direction_first=firsts[1], direction_second=seconds[1],
-            scale=factors.scale, bias=input if bias is None else bias,
-            first_hashes=first_hashes, second_hashes=second_hashes,
-            tokens=tokens, first_count=first, second_count=second_count, **_ranks(factors), split_length=length,
+            out=out, input=input, weight=input if weight is None else weight, **_factor_tensors(factors),
+            bias=input if bias is None else bias, row_hashes=hashes.rows, column_hashes=hashes.columns,
+            tokens=tokens, rows=rows, columns=columns, **_ranks(factors),
+            split_length=split_length(second, splits, shape),
             out_split_stride=out.stride(0), out_token_stride=out.stride(1),
             input_token_stride=input.stride(0), input_stride=input.stride(1),
-            weight_first_stride=0 if view is None else view.stride(0),
-            weight_second_stride=0 if view is None else view.stride(1),
-            magnitude_first_stride=firsts[0].stride(0), magnitude_first_rank_stride=firsts[0].stride(1),
-            magnitude_second_rank_stride=seconds[0].stride(0), magnitude_second_stride=seconds[0].stride(1),
-            direction_first_stride=firsts[1].stride(0), direction_first_rank_stride=firsts[1].stride(1),
-            direction_second_rank_stride=seconds[1].stride(0), direction_second_stride=seconds[1].stride(1),
+            weight_row_stride=0 if weight is None else weight.stride(0),
+            weight_column_stride=0 if weight is None else weight.stride(1),
+            **_factor_strides(factors),
         ),
         dict(
             BLOCK_TOKENS=shape.tokens, BLOCK_FIRST=shape.first, BLOCK_SECOND=shape.second, **_rank_constants(factors),
             MASK_TOKENS=tokens % shape.tokens != 0, MASK_FIRST=first % shape.first != 0,
-            MASK_SECOND=second_count % shape.second != 0,
+            MASK_SECOND=second % shape.second != 0,
             WIDE=_is_wide(out, input, weight, *factors[:4]),
             TRANSPOSED=transposed, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None and splits == 1,
             DITHER=is_dithered(input.dtype, rounding),
             ACCUMULATOR=_TL_DTYPES[accumulator], COMPUTE=_TL_DTYPES[_compute_dtype(accumulator, weight)],
-            PRODUCT=_TL_DTYPES[product],
+            PRODUCT=_TL_DTYPES[accumulation_dtype(input.dtype)],
             SPLIT=_splits(factors, input.dtype, architecture),
             PRECISION=_product_precision(input.dtype, architecture),
             CANONICAL_NAN=_has_canonical_nan(architecture), INTERPRETED=is_interpreted(),

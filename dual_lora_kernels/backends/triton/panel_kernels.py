@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, factor_product, load_factor, product_gradient_tiles, round_tile, weight_tile
+from .tiles import dot, effective_tile, factor_product, load_factor, product_gradient_tiles
 
 
 @triton.jit(do_not_specialize=["row0", "column0"])
@@ -33,27 +33,15 @@ def effective_weight_kernel(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if WIDE:
         row, column = row.to(tl.int64), column.to(tl.int64)
-    p = factor_product(
-        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-        ACCUMULATOR, SPLIT, False, INTERPRETED,
+    rounded = effective_tile(
+        weight, A, B, C, D, tl.load(scale).to(COMPUTE), row_hashes + row0, column_hashes + column0,
+        row, column, rows, columns, r1, r2,
+        weight_row_stride, weight_column_stride, A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+        C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
+        MASK_ROWS, MASK_COLUMNS, HAS_WEIGHT, DITHER,
+        out.dtype.element_ty, ACCUMULATOR, COMPUTE, SPLIT, CANONICAL_NAN, INTERPRETED,
     )
-    q = factor_product(
-        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-        ACCUMULATOR, SPLIT, False, INTERPRETED,
-    )
-    base = p
-    if HAS_WEIGHT:
-        base = load_factor(
-            weight, row, column, rows, columns, weight_row_stride, weight_column_stride, MASK_ROWS, MASK_COLUMNS
-        )
-    total = weight_tile(base, p.to(COMPUTE), q.to(COMPUTE), tl.load(scale).to(COMPUTE), HAS_WEIGHT)
-    row_hash, column_hash = row, column
-    if DITHER:
-        row_hash = tl.load(row_hashes + row0 + row)  # both vectors are longer than any tile reaches
-        column_hash = tl.load(column_hashes + column0 + column)
-    rounded = round_tile(total, row_hash, column_hash, out.dtype.element_ty, DITHER, CANONICAL_NAN, INTERPRETED)
     pointers = out + row[:, None] * out_row_stride + column[None, :] * out_column_stride
     if MASK_ROWS or MASK_COLUMNS:
         tl.store(pointers, rounded, mask=inside)
@@ -142,19 +130,20 @@ def factor_gradients_kernel(
     s = tl.load(scale).to(wide)
     gradient_B = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=wide)
     gradient_D = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=wide)
-    for tile in range(COLUMN_TILES):
-        column = (tl.program_id(1) * COLUMN_TILES + tile) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first_tile = tl.program_id(1) * COLUMN_TILES
+    for tile in range(first_tile, tl.minimum(first_tile + COLUMN_TILES, tl.cdiv(columns, BLOCK_COLUMNS))):
+        column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         if WIDE:
             column = column.to(tl.int64)
         p = factor_product(
             B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-            ACCUMULATOR, SPLIT, False, INTERPRETED,
+            ACCUMULATOR, SPLIT, INTERPRETED,
         )
         q = factor_product(
             D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-            ACCUMULATOR, SPLIT, False, INTERPRETED,
+            ACCUMULATOR, SPLIT, INTERPRETED,
         )
         h_tile = load_factor(h, row, column, rows, columns, h_row_stride, 1, MASK_ROWS, MASK_COLUMNS)
         gradient_B, gradient_D = contribute(

@@ -53,10 +53,16 @@ class Shapes:
     token_product: ProductShape
     fused_up_to: dict[str, int]
 
+    def __post_init__(self) -> None:
+        for operation in ("forward", "input_gradient"):
+            bounds = [shape.up_to for shape in getattr(self, operation)]
+            if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
+                raise ValueError(f"{operation}: got up_to {bounds}, expected them to rise and the last to be None")
+
     def weight_product(self, operation: str, tokens: int) -> ProductShape:
         """The first shape of ``"forward"`` or ``"input_gradient"`` that is meant for so many tokens."""
         entries: tuple[ProductShape, ...] = getattr(self, operation)
-        return next((shape for shape in entries if shape.up_to is None or tokens <= shape.up_to), entries[-1])
+        return next(shape for shape in entries if shape.up_to is None or tokens <= shape.up_to)
 
 
 def parse(entry: dict[str, Any]) -> Shapes:

@@ -1,8 +1,6 @@
 """The formula on one tile, for every kernel: products of factors, W = round(W0 + ΔW), and the products' gradients.
 
-A tile has two axes, "first" and "second". In the forward pass they are the weight's rows and columns; for ∂X they are
-its columns and rows, so that both passes build the operand of their matrix product directly in registers. Everything
-here is symmetric in the two, to the bit: P and Q sum in the same order either way (``TRANSPOSED``).
+A tile of W, P, Q or H is [rows, columns] as the whole matrix is: rows are out_features, columns in_features.
 """
 
 from __future__ import annotations
@@ -29,24 +27,19 @@ def _split(values):
 
 
 @triton.jit
-def rank_product(first, second, accumulator, SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr):
-    """accumulator + first [F, r] second [r, S], to fp32 accuracy: never TF32-rounded, or Q's sign would be noise.
+def rank_product(up, down, accumulator, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """accumulator + up [rows, r] down [r, columns], to fp32 accuracy: never TF32-rounded, or Q's sign would be noise.
 
     ``SPLIT``: three TF32 products of split fp32 operands, on tensor cores, to 2⁻²² (the fourth is left out). Otherwise
     one product: exact for bf16 and fp16 factors, fp32 fused multiply-adds for fp32 ones.
     """
     if SPLIT:
-        first_high, first_low = _split(first)
-        second_high, second_low = _split(second)
-        # In the same order for a tile and its transpose, or forward and ∂X would round P and Q differently.
-        if TRANSPOSED:
-            accumulator = dot(first_high, second_low, accumulator, "tf32", INTERPRETED)
-            accumulator = dot(first_low, second_high, accumulator, "tf32", INTERPRETED)
-        else:
-            accumulator = dot(first_low, second_high, accumulator, "tf32", INTERPRETED)
-            accumulator = dot(first_high, second_low, accumulator, "tf32", INTERPRETED)
-        return dot(first_high, second_high, accumulator, "tf32", INTERPRETED)
-    return dot(first, second, accumulator, "ieee", INTERPRETED)
+        up_high, up_low = _split(up)
+        down_high, down_low = _split(down)
+        accumulator = dot(up_low, down_high, accumulator, "tf32", INTERPRETED)
+        accumulator = dot(up_high, down_low, accumulator, "tf32", INTERPRETED)
+        return dot(up_high, down_high, accumulator, "tf32", INTERPRETED)
+    return dot(up, down, accumulator, "ieee", INTERPRETED)
 
 
 @triton.jit
@@ -67,24 +60,21 @@ def load_factor(
 
 @triton.jit
 def factor_product(
-    first_pointer, second_pointer, first_lines, second_lines, first_count, second_count, rank,
-    first_stride, first_rank_stride, second_rank_stride, second_stride,
-    BLOCK_FIRST: tl.constexpr, BLOCK_SECOND: tl.constexpr, BLOCK_RANK: tl.constexpr, SLICES: tl.constexpr,
-    MASK_FIRST: tl.constexpr, MASK_SECOND: tl.constexpr, MASK_RANK: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, TRANSPOSED: tl.constexpr, INTERPRETED: tl.constexpr,
+    up_pointer, down_pointer, row, column, rows, columns, rank,
+    row_stride, up_rank_stride, down_rank_stride, column_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.constexpr, SLICES: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, MASK_RANK: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """P or Q on a tile: the factors' lines loaded and multiplied, over slices of ``BLOCK_RANK`` in a fixed order."""
-    product = tl.zeros((BLOCK_FIRST, BLOCK_SECOND), dtype=ACCUMULATOR)
+    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACCUMULATOR)
     for index in tl.static_range(SLICES):
         ranks = index * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        first = load_factor(
-            first_pointer, first_lines, ranks, first_count, rank, first_stride, first_rank_stride, MASK_FIRST, MASK_RANK
+        up = load_factor(up_pointer, row, ranks, rows, rank, row_stride, up_rank_stride, MASK_ROWS, MASK_RANK)
+        down = load_factor(
+            down_pointer, ranks, column, rank, columns, down_rank_stride, column_stride, MASK_RANK, MASK_COLUMNS
         )
-        second = load_factor(
-            second_pointer, ranks, second_lines, rank, second_count, second_rank_stride, second_stride,
-            MASK_RANK, MASK_SECOND,
-        )  # fmt: skip
-        product = rank_product(first, second, product, SPLIT, TRANSPOSED, INTERPRETED)
+        product = rank_product(up, down, product, SPLIT, INTERPRETED)
     return product
 
 
@@ -116,14 +106,14 @@ def narrow(values, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def round_tile(
-    values, first_hashes, second_hashes,
+    values, row_hashes, column_hashes,
     DTYPE: tl.constexpr, DITHER: tl.constexpr, CANONICAL_NAN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`rounding.round_to` on a tile. The dither's field is the outer product of its hash vectors, wrapping int32."""
     if not DITHER:
         return narrow(values, DTYPE, INTERPRETED)
     values = values.to(tl.float32)
-    field = (first_hashes[:, None] * second_hashes[None, :]).to(tl.uint32, bitcast=True)
+    field = tl.mul(row_hashes[:, None], column_hashes[None, :], sanitize_overflow=False).to(tl.uint32, bitcast=True)
     bits = values.to(tl.int32, bitcast=True)
     # The addition must not carry a NaN over into a number. Clearing the low bits of NaNs that start 0x7FFF, as NVIDIA's
     # arithmetic makes them, takes one integer minimum; a comparison and a selection would take two and unpack pairs.
@@ -136,6 +126,44 @@ def round_tile(
 
 
 @triton.jit
+def effective_tile(
+    weight, A, B, C, D, scale, row_hashes, column_hashes, row, column, rows, columns, r1, r2,
+    weight_row_stride, weight_column_stride, A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
+    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, HAS_WEIGHT: tl.constexpr, DITHER: tl.constexpr,
+    DTYPE: tl.constexpr, ACCUMULATOR: tl.constexpr, COMPUTE: tl.constexpr,
+    SPLIT: tl.constexpr, CANONICAL_NAN: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """round(W0 + ΔW) of the tile at `row` × `column`, from memory. Beyond `rows` and `columns` it holds small numbers.
+
+    `scale` is a value of dtype ``COMPUTE``. The hash vectors are longer than any tile reaches.
+    """
+    p = factor_product(
+        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
+        ACCUMULATOR, SPLIT, INTERPRETED,
+    )  # fmt: skip
+    q = factor_product(
+        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
+        ACCUMULATOR, SPLIT, INTERPRETED,
+    )  # fmt: skip
+    base = p
+    if HAS_WEIGHT:
+        base = load_factor(
+            weight, row, column, rows, columns, weight_row_stride, weight_column_stride, MASK_ROWS, MASK_COLUMNS
+        )
+    total = weight_tile(base, p.to(COMPUTE), q.to(COMPUTE), scale, HAS_WEIGHT)
+    row_hash, column_hash = row, column
+    if DITHER:
+        row_hash, column_hash = tl.load(row_hashes + row), tl.load(column_hashes + column)
+    return round_tile(total, row_hash, column_hash, DTYPE, DITHER, CANONICAL_NAN, INTERPRETED)
+
+
+@triton.jit
 def product_gradient_tiles(h, p, q, scale, clip_bound, STE: tl.constexpr):
     """(∂P, ∂Q) on a tile from its complete H = Gᵀ X."""
     scaled = h * scale
@@ -143,7 +171,9 @@ def product_gradient_tiles(h, p, q, scale, clip_bound, STE: tl.constexpr):
     grad_q = scaled * tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if STE == "clip":
         bound = tl.full((), 0.0, grad_q.dtype) + clip_bound
-        grad_q = tl.clamp(grad_q, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+        # Not tl.clamp: for fp64, Triton 3.9 lowers its symmetric form to an instruction that does not exist.
+        grad_q = tl.minimum(grad_q, bound, propagate_nan=tl.PropagateNan.ALL)
+        grad_q = tl.maximum(grad_q, -bound, propagate_nan=tl.PropagateNan.ALL)
     elif STE == "xnor":
         grad_q = tl.where(tl.abs(q) <= 1, grad_q, 0.0)
     return grad_p, grad_q

@@ -1,0 +1,140 @@
+"""Each kernel on operands of a layer's shape, as the package runs it: for timing and for comparing results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dual_lora_kernels import set_strategy, strategy, workspace_bytes
+from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends.triton import TritonBackend, execute
+from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
+
+from .device_time import copies
+
+RANK = 16
+ESTIMATOR = ("clip", 1.0)
+ROUNDING = "dither"
+WEIGHT_STD = 0.02
+FACTOR_STD = 0.02
+SCALE = 2.0
+KERNELS = tuple(entry.name for entry in dataclasses.fields(Shapes) if entry.name != "fused_up_to")
+PRODUCTS = ("forward", "input_gradient")
+WEIGHT_READERS = ("effective_weight", *PRODUCTS)
+TOKEN_READERS = (*PRODUCTS, "token_product")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One layer's tensors: W0 [N, K] and `out` like it in bf16, X [M, K], G [M, N], H [N, K] in fp32, fp32 factors."""
+
+    weight: torch.Tensor
+    factors: Factors
+    x: torch.Tensor
+    grad: torch.Tensor
+    out: torch.Tensor
+    h: torch.Tensor
+    gradients: FactorGradients
+
+
+def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.device) -> Operands:
+    """Random operands of `kernel`; those that it does not use are empty."""
+
+    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).mul_(std)
+
+    def factor(*shape: int) -> torch.Tensor:
+        return draw(*shape, std=FACTOR_STD, dtype=torch.float32)
+
+    factors = Factors(
+        factor(RANK, columns), factor(rows, RANK), factor(RANK, columns), factor(rows, RANK),
+        torch.tensor(SCALE, device=device),
+    )  # fmt: skip
+    used_tokens = tokens if kernel in TOKEN_READERS else 0
+    return Operands(
+        weight=draw(rows if kernel in WEIGHT_READERS else 0, columns, std=WEIGHT_STD),
+        factors=factors,
+        x=draw(used_tokens, columns),
+        grad=draw(used_tokens, rows),
+        out=torch.empty(rows if kernel == "effective_weight" else 0, columns, device=device, dtype=torch.bfloat16),
+        h=draw(rows if kernel == "factor_gradients" else 0, columns, dtype=torch.float32),
+        gradients=FactorGradients(*(torch.zeros_like(each) for each in factors[:4])),
+    )
+
+
+def rotated(kernel: str, rows: int, columns: int, tokens: int, device: torch.device) -> list[Operands]:
+    """As many sets of operands as keep each call's out of the caches."""
+    first = operands(kernel, rows, columns, tokens, device)
+    tensors = (first.weight, first.x, first.grad, first.out, first.h)
+    count = copies(sum(tensor.nbytes for tensor in tensors), device)
+    return [first, *(operands(kernel, rows, columns, tokens, device) for _ in range(count - 1))]
+
+
+def call(kernel: str, given: Operands) -> Callable[[], object]:
+    """`kernel` on these operands: its launches, and the sum of their parts where they make parts."""
+    ste, bound = ESTIMATOR
+    if kernel == "effective_weight":
+        return lambda: execute.effective_weight(given.out, given.weight, given.factors, 0, 0, ROUNDING)
+    if kernel == "factor_gradients":
+        return lambda: execute.factor_gradients(
+            given.h,
+            given.factors,
+            ste,
+            bound,
+            given.gradients,
+            torch.bfloat16,
+            TritonBackend().temporaries(workspace_bytes()),
+        )
+    if kernel == "token_product":
+        return lambda: execute.token_product(
+            given.grad, given.x, given.factors, ste, bound, given.gradients, workspace_bytes()
+        )
+    input = given.x if kernel == "forward" else given.grad
+    return lambda: execute.weight_product(kernel, input, given.weight, given.factors, None, ROUNDING)
+
+
+def results(kernel: str, given: Operands) -> tuple[torch.Tensor, ...]:
+    """What one call computes: W, Y or ∂X, or the factors' gradients."""
+    for gradient in given.gradients:
+        assert gradient is not None
+        gradient.zero_()
+    returned = call(kernel, given)()
+    if kernel == "effective_weight":
+        return (given.out.clone(),)
+    if kernel in PRODUCTS:
+        assert isinstance(returned, torch.Tensor)
+        return (returned,)
+    return tuple(gradient.clone() for gradient in given.gradients if gradient is not None)
+
+
+def adopt(family: str, kernel: str, shapes: Sequence[PanelShape | ProductShape]) -> None:
+    """Let `kernel` run with `shapes`, one but for the fused products' token classes, on chips of `family`."""
+    entry: Any = tuple(shapes) if kernel in PRODUCTS else shapes[0]
+    TABLE[family] = dataclasses.replace(TABLE[family], **{kernel: entry})
+
+
+@contextmanager
+def shape_in_use(family: str, kernel: str, shape: PanelShape | ProductShape) -> Iterator[None]:
+    """Within it, `kernel` runs with `shape` on chips of `family`, for any number of tokens."""
+    before = TABLE[family]
+    adopt(family, kernel, [shape])
+    try:
+        yield
+    finally:
+        TABLE[family] = before
+
+
+@contextmanager
+def strategy_in_use(name: str) -> Iterator[None]:
+    """Within it, passes run with this strategy."""
+    before = strategy()
+    set_strategy(name)
+    try:
+        yield
+    finally:
+        set_strategy(before)

@@ -1,0 +1,167 @@
+"""A layer's training step and its decoding, every method and strategy against the products no method can avoid.
+
+A cell is one layer [N, K], one M, and one way to launch: ``plain`` launches from Python, ``graph`` replays one captured
+CUDA (HIP) graph, so that only the device's time counts, and ``compiled`` runs modules under torch.compile. A cell of
+few tokens runs over as many layers in turn as no cache holds, as a model does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .device_time import captured, copies
+from .kernel_calls import RANK, strategy_in_use
+from .layer_step import FLOOR, floor_step, step
+from .methods import LABELS, build, frozen_linear
+from .timing import interleaved, quartiles, ratios
+
+STRATEGIES = ("auto", "fused", "panels")
+PEERS = ("lora", "dora", "naive")
+COMPILED_PEERS = ("dora",)
+"""Compiling takes seconds a method, so only the peer that a goal names is compiled too."""
+CELL_LABELS = {**{name: f"dual_lora_kernels, {name}" for name in STRATEGIES}, **{n: LABELS[n] for n in (FLOOR, *PEERS)}}
+MODES = ("plain", "graph", "compiled")
+LLAMA_8B = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+LLAMA_70B = ((8192, 8192), (28672, 8192), (8192, 28672), (1024, 8192))
+TOKENS = (4096, 16384, 1024, 256, 64, 16, 4, 1)
+DECODE_TOKENS = (1, 16, 4)
+_CACHED_TOKENS = 1024
+"""Up to here reading W takes a share of a step's time that matters, so layers are used in turn."""
+_ROUNDS, _ROUND_SECONDS = 9, 1.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. `kind`: ``"step"``, forward and backward, or ``"decode"``, the forward pass alone."""
+
+    kind: str
+    mode: str
+    rows: int
+    columns: int
+    tokens: int
+
+    @property
+    def label(self) -> str:
+        """For the progress bar."""
+        return f"{self.kind}, {self.mode}, {self.rows}x{self.columns}, M={self.tokens}"
+
+
+def cells(near: Sequence[tuple[int, int]] = LLAMA_8B, far: Sequence[tuple[int, int]] = LLAMA_70B) -> list[Cell]:
+    """Everything, in the order of value: the goals on the near layers, their other M, compiled, the far layers."""
+
+    def every(kind: str, mode: str, layers: Sequence[tuple[int, int]], tokens: Sequence[int]) -> list[Cell]:
+        return [Cell(kind, mode, *layer, m) for m in tokens for layer in layers]
+
+    order = [
+        *every("step", "graph", near, TOKENS[:1]),
+        *every("decode", "graph", near, DECODE_TOKENS[:2]),
+        *every("step", "plain", near[:2], TOKENS[:1]),
+        *every("decode", "plain", near[:2], DECODE_TOKENS[:2]),
+        *every("step", "graph", near, TOKENS[1:5]),
+        *every("step", "graph", far, TOKENS[:1]),
+        *every("decode", "graph", far, DECODE_TOKENS[:2]),
+        *every("step", "compiled", near[1:2], TOKENS[:1]),
+        *every("decode", "compiled", near[1:2], DECODE_TOKENS[:1]),
+        *every("step", "plain", near, TOKENS),
+        *every("decode", "plain", near, DECODE_TOKENS),
+        *every("step", "graph", near, TOKENS),
+        *every("decode", "graph", near, DECODE_TOKENS),
+        *every("step", "graph", far, TOKENS),
+        *every("decode", "graph", far, DECODE_TOKENS),
+        *every("step", "compiled", near, TOKENS),
+        *every("decode", "compiled", near, DECODE_TOKENS),
+        *every("step", "plain", far, TOKENS),
+        *every("decode", "plain", far, DECODE_TOKENS),
+    ]
+    return list(dict.fromkeys(order))
+
+
+def measure(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """Microseconds and ratios to the floor of every candidate that runs, and why the others do not.
+
+    The floor: three products for a step, F.linear on W0 alone for decoding.
+    """
+    names = (*STRATEGIES, *(COMPILED_PEERS if cell.mode == "compiled" else PEERS))
+    if cell.mode == "compiled":
+        torch.compiler.reset()  # or it would stop compiling after eight modules
+    linears = _layers(cell, device)
+    x = torch.randn(cell.tokens, cell.columns, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(cell.tokens, cell.rows, device=device, dtype=torch.bfloat16)
+    if cell.kind == "step":
+        x.requires_grad_()
+    runs: dict[str, Callable[[], object]] = {}
+    left_out: dict[str, str] = {}
+    modules: dict[str, list[nn.Module]] = {}
+    for name in (FLOOR, *names):
+        method = "dual_lora" if name in STRATEGIES else name
+        try:
+            if name != FLOOR and method not in modules:
+                modules[method] = [_module(cell, method, linear) for linear in linears]
+            calls = [
+                _floor(cell, linear.weight, x, grad) if name == FLOOR else _own(cell, modules[method][index], x, grad)
+                for index, linear in enumerate(linears)
+            ]
+            run = _in_turn(calls, name if name in STRATEGIES else "auto")
+            runs[name] = captured(run) if cell.mode == "graph" else run
+            runs[name]()
+        except Exception as error:  # whatever a peer or a strategy cannot do, the others are still to be measured
+            if name == FLOOR:
+                raise
+            runs.pop(name, None)
+            left_out[name] = f"{type(error).__name__}: {error}"
+    seconds = interleaved(runs, rounds=_ROUNDS, warmup=1, device=device, limit=_ROUND_SECONDS, show=False)
+    return {
+        **dataclasses.asdict(cell),
+        "layers_in_turn": len(linears),
+        "microseconds": {name: quartiles(times).median * 1e6 / len(linears) for name, times in seconds.items()},
+        "to_floor": {name: dataclasses.asdict(ratios(seconds, name, FLOOR)) for name in runs if name != FLOOR},
+        "to_dora": {name: ratios(seconds, name, "dora").median for name in STRATEGIES if {name, "dora"} <= runs.keys()},
+        "left_out": left_out,
+    }
+
+
+def _layers(cell: Cell, device: torch.device) -> list[nn.Linear]:
+    # torch.compile compiles every module anew, so a compiled cell has one, and layers too large for a cache.
+    in_turn = cell.tokens <= _CACHED_TOKENS and cell.mode != "compiled"
+    count = copies(cell.rows * cell.columns * 2, device) if in_turn else 1
+    return [frozen_linear(cell.columns, cell.rows, torch.bfloat16, device) for _ in range(count)]
+
+
+def _module(cell: Cell, method: str, linear: nn.Linear) -> nn.Module:
+    module = build(method, linear, RANK, RANK).train(cell.kind == "step")
+    if cell.mode != "compiled":
+        return module
+    module.compile(dynamic=False)
+    return module
+
+
+def _floor(cell: Cell, weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+    if cell.kind == "step":
+        return floor_step(weight, x, grad)
+    return lambda: nn.functional.linear(x, weight)
+
+
+def _own(cell: Cell, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+    if cell.kind == "step":
+        return step(module, x, grad)
+
+    def run() -> object:
+        with torch.no_grad():
+            return module(x)
+
+    return run
+
+
+def _in_turn(calls: Sequence[Callable[[], object]], strategy: str) -> Callable[[], None]:
+    def run() -> None:
+        with strategy_in_use(strategy):
+            for call in calls:
+                call()
+
+    return run

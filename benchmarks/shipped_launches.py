@@ -1,0 +1,137 @@
+"""Every kernel launch that the tile table ships, built from tensors on the meta device: what to compile and look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends.triton import launches
+from dual_lora_kernels.backends.triton.architecture import Architecture
+from dual_lora_kernels.backends.triton.launches import Launch
+from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
+from dual_lora_kernels.reference import accumulation_dtype
+
+from .environment import DTYPE_NAMES
+
+KERNELS = ("effective_weight", "factor_gradients", "forward", "input_gradient", "token_product")
+FEATURES = 4096
+"""Rows and columns of the weight: whole tiles, so that no kernel masks its loads, as in most layers."""
+TOKENS = 4096
+"""For shapes without a bound on their tokens."""
+RANK = 16
+"""r1 and r2, the layer's default."""
+WIDE_FAMILIES = {"any_32bit": torch.float32, "any_64bit": torch.float64}
+"""Families for fp32 and fp64 computation."""
+WIDE_TARGETS = ("sm_90", "gfx942", "gfx1100")
+"""The chips that those are compiled for: one of each kind of matrix unit."""
+FAMILIES = tuple(TABLE)
+_HASH_LENGTH = 2 * FEATURES
+_PROCESSORS = 132  # launches do not depend on it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, compiled for `chip` with a shape of `family`, which differs from the chip for fp32 and fp64."""
+
+    family: str
+    chip: str
+    kernel: str
+    shape: PanelShape | ProductShape
+    compute_dtype: torch.dtype
+    factor_dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """The input's rows: as many as the shape is meant for."""
+        up_to = self.shape.up_to if isinstance(self.shape, ProductShape) else None
+        return up_to or TOKENS
+
+    @property
+    def tile(self) -> str:
+        """The tile's sizes as a human writes them."""
+        shape = self.shape
+        if isinstance(shape, ProductShape):
+            return f"{shape.tokens}×{shape.first}×{shape.second}"
+        columns = f"{shape.columns}·{shape.column_tiles}" if shape.column_tiles > 1 else f"{shape.columns}"
+        return f"{shape.rows}×{columns}"
+
+    @property
+    def name(self) -> str:
+        """Short, for tables and messages: chip, kernel, compute/factor dtypes, tile, warps, stages."""
+        dtypes = f"{dtype_name(self.compute_dtype)}/{dtype_name(self.factor_dtype)}"
+        return f"{self.chip} {self.kernel} {dtypes} {self.tile} {self.shape.warps}w {self.shape.stages}s"
+
+    def launch(self) -> Launch:
+        """The kernel's launch for a weight of `FEATURES`² and factors of rank `RANK`."""
+        compute = self.compute_dtype
+        architecture = Architecture(self.chip, _PROCESSORS)
+        factors = Factors(
+            _meta(RANK, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, RANK, dtype=self.factor_dtype),
+            _meta(RANK, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, RANK, dtype=self.factor_dtype),
+            _meta(dtype=torch.float32),
+        )  # fmt: skip
+        hashes = launches.Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
+        weight = _meta(FEATURES, FEATURES, dtype=compute)
+        if self.kernel in ("forward", "input_gradient"):
+            assert isinstance(self.shape, ProductShape)
+            tokens = _meta(self.tokens, FEATURES, dtype=compute)
+            return launches.weight_product(
+                tokens[None], tokens, weight, factors, None, "dither", self.kernel == "input_gradient", hashes,
+                self.shape, architecture,
+            )  # fmt: skip
+        if self.kernel == "effective_weight":
+            assert isinstance(self.shape, PanelShape)
+            return launches.effective_weight(
+                weight, weight, factors, 0, 0, "dither", hashes, self.shape, architecture
+            )  # fmt: skip
+        gradients = FactorGradients(*factors[:4])
+        wide = accumulation_dtype(compute)
+        if self.kernel == "factor_gradients":
+            assert isinstance(self.shape, PanelShape)
+            up, down = _partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
+            h = _meta(FEATURES, FEATURES, dtype=wide)
+            return launches.factor_gradients(
+                h, factors, "clip", 1.0, gradients, compute, up, down, self.shape, architecture
+            )
+        assert isinstance(self.shape, ProductShape)
+        up, down = _partials(self.shape.first, self.shape.second, wide)
+        tokens = _meta(self.tokens, FEATURES, dtype=compute)
+        return launches.token_product(
+            tokens, tokens, factors, "clip", 1.0, gradients, up, down, self.shape, architecture
+        )
+
+
+def shipped_cases(
+    families: Sequence[str] = FAMILIES, kernels: Sequence[str] = KERNELS, table: dict[str, Shapes] = TABLE
+) -> Iterator[Case]:
+    """Everything in `table`: 16-bit families in bf16 with fp32 and with bf16 factors, the wide ones on some chips."""
+    for family in families:
+        chips = WIDE_TARGETS if family in WIDE_FAMILIES else (family,)
+        compute = WIDE_FAMILIES.get(family, torch.bfloat16)
+        factor_dtypes = (compute,) if family in WIDE_FAMILIES else (torch.float32, torch.bfloat16)
+        for chip in chips:
+            for kernel in kernels:
+                entry = getattr(table[family], kernel)
+                for shape in entry if isinstance(entry, tuple) else (entry,):
+                    for factor_dtype in factor_dtypes:
+                        yield Case(family, chip, kernel, shape, compute, factor_dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bf16"`` for bfloat16, and so on."""
+    return next(name for name, known in DTYPE_NAMES.items() if known == dtype)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _partials(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums of tiles of rows × columns: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""
+    return (
+        _meta(FEATURES // columns, FEATURES, 2 * RANK, dtype=dtype),
+        _meta(FEATURES // rows, 2 * RANK, FEATURES, dtype=dtype),
+    )

@@ -1,0 +1,325 @@
+"""What only the Triton backend has: tile shapes, fused kernels, splits, rank slices, 64-bit offsets, its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy, strategy
+from dual_lora_kernels.backends import FactorGradients, resolve_backend
+
+from .conftest import IS_INTERPRETED
+from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
+
+pytest.importorskip("triton")
+
+from dual_lora_kernels.backends.triton import execute, launches
+from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
+from dual_lora_kernels.backends.triton.choice import is_fused_faster
+from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
+
+pytestmark = pytest.mark.interpreter
+LOW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU in the interpreter, or the GPU."""
+    if request.param == "cpu" and not IS_INTERPRETED:
+        pytest.skip("on a CPU these run with TRITON_INTERPRET=1")
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _strategy() -> Iterator[None]:
+    before = strategy()
+    yield
+    set_strategy(before)
+
+
+def _shipped(*kernels: str) -> list[PanelShape | ProductShape]:
+    """Every distinct tile shape of the kernels for 16-bit computation: all families', on a GPU only its own."""
+    families = [name for name in TABLE if not name.startswith("any")]
+    if not IS_INTERPRETED:
+        chip = architecture(torch.device("cuda")) if torch.cuda.is_available() else None
+        families = [chip.family] if isinstance(chip, Architecture) else []
+    entries = [getattr(TABLE[family], kernel) for family in families for kernel in kernels]
+    shapes = [shape for entry in entries for shape in (entry if isinstance(entry, tuple) else (entry,))]
+    return list({_tile(shape): shape for shape in shapes}.values())
+
+
+def _tile(shape: PanelShape | ProductShape) -> str:
+    if isinstance(shape, PanelShape):
+        return f"{shape.rows}x{shape.columns}x{shape.column_tiles}"
+    return f"{shape.tokens}x{shape.first}x{shape.second}"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def _hashes(problem: Problem) -> launches.Hashes:
+    return execute._hashes(problem.x, "dither", *problem.weight.shape)
+
+
+def _chip(device: torch.device) -> Architecture:
+    chip = architecture(device)
+    assert isinstance(chip, Architecture)
+    return chip
+
+
+@pytest.mark.parametrize("shape", _shipped("effective_weight"), ids=_tile)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_panels_of_every_shipped_shape(device: torch.device, dtype: torch.dtype, shape: PanelShape) -> None:
+    """W has the reference's bits under exact arithmetic, and for Gaussian factors those of the shape in use."""
+    rows, columns = shape.rows + 5, shape.columns + 3
+    for make in (exact, gaussian):
+        problem = make(1, rows, columns, 5, 20, dtype=dtype, device=device)
+        out = torch.empty_like(problem.weight)
+        arguments = (problem.weight, problem.factors, 0, 0, "dither")
+        launches.effective_weight(out, *arguments, _hashes(problem), shape, _chip(device)).run()
+        if make is exact:
+            expected = reference.effective_weight(problem.weight, *problem.factors, dtype, "dither")
+        else:
+            expected = torch.empty_like(out)
+            execute.effective_weight(expected, *arguments)
+        assert torch.equal(_bits(out), _bits(expected)), make.__name__
+
+
+@pytest.mark.parametrize("operation", ["forward", "input_gradient"])
+@pytest.mark.parametrize("shape", _shipped("forward", "input_gradient"), ids=_tile)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_fused_products_use_the_merged_weights(
+    device: torch.device, dtype: torch.dtype, shape: ProductShape, operation: str
+) -> None:
+    """The identity as input returns W itself, whichever shape built it: bit for bit what merging writes."""
+    transposed = operation == "input_gradient"
+    first, second = shape.first + 3, min(shape.second + 5, 70)
+    out_features, in_features = (second, first) if transposed else (first, second)
+    for make in (exact, gaussian):
+        problem = make(1, out_features, in_features, 5, 20, dtype=dtype, device=device)
+        problem.scale.fill_(2.0**-7)
+        merged = dual_lora_merge_(problem.weight.clone(), *problem.factors, backend="triton")
+        identity = torch.eye(second, dtype=dtype, device=device)
+        out = torch.empty(1, second, first, dtype=dtype, device=device)
+        launches.weight_product(
+            out, identity, problem.weight, problem.factors, None, "dither", transposed, _hashes(problem), shape,
+            _chip(device),
+        ).run()  # fmt: skip
+        used = out[0] if transposed else out[0].t()
+        # Values, since the product's sum turns a -0 into +0; everything else that is equal has equal bits.
+        assert torch.equal(used, merged), make.__name__
+
+
+@pytest.mark.parametrize("kernel", ["factor_gradients", "token_product"])
+@pytest.mark.parametrize("ste", ["clip", "xnor"])
+def test_gradients_of_every_shipped_shape(device: torch.device, kernel: str, ste: str) -> None:
+    """All four factors' gradients have the reference's bits under exact arithmetic."""
+    for shape in _shipped(kernel):
+        rows, columns = (
+            (shape.rows + 5, shape.columns * shape.column_tiles + 3)
+            if isinstance(shape, PanelShape)
+            else (shape.first + 5, shape.second + 3)
+        )
+        problem = exact(24, rows, columns, 3, 20, dtype=torch.bfloat16, device=device)
+        truth = autograd_gradients(problem.to(torch.float32), ste=ste)[3:7]
+        gradients = FactorGradients(*(torch.zeros_like(f) for f in problem.factors[:4]))
+        options = (problem.factors, ste, 1.0, gradients)
+        if isinstance(shape, PanelShape):
+            h = problem.grad.float().t() @ problem.x.float()
+            up, down = execute._partials(h, h.shape, problem.factors, shape.rows, shape.columns * shape.column_tiles)
+            launches.factor_gradients(h, *options, torch.bfloat16, up, down, shape, _chip(device)).run()
+        else:
+            like = problem.x.new_empty(0, dtype=torch.float32)
+            up, down = execute._partials(like, (rows, columns), problem.factors, shape.first, shape.second)
+            launches.token_product(problem.grad, problem.x, *options, up, down, shape, _chip(device)).run()
+        execute._accumulate(gradients, up, down, problem.factors)
+        for name, value, expected in zip("ABCD", gradients, truth, strict=True):
+            assert torch.equal(value, expected), (name, shape)
+
+
+@pytest.mark.parametrize("mode", ["panels", "fused"])
+@pytest.mark.parametrize("ranks", [(1, 4), (12, 24), (48, 16), (64, 1), (65, 100), (130, 7)], ids=str)
+def test_any_ranks(device: torch.device, mode: str, ranks: tuple[int, int]) -> None:
+    """Padded, masked and sliced ranks, r1 ≠ r2."""
+    problem = exact(8, 40, 70, *ranks, dtype=torch.bfloat16, device=device)
+    expected = autograd_gradients(problem.to(torch.float32))
+    set_strategy(mode)
+    merged = dual_lora_merge_(problem.weight.clone(), *problem.factors, backend="triton")
+    assert torch.equal(merged, reference.effective_weight(problem.weight, *problem.factors, torch.bfloat16, "dither"))
+    leaf = problem.requiring_grad()
+    out = dual_lora_linear(leaf.x, leaf.weight.detach(), *leaf.factors, leaf.bias, backend="triton")
+    if mode == "fused" and max(ranks) > launches.MAX_BLOCK_RANK:
+        with pytest.raises(ValueError, match="exceed 64"):
+            torch.autograd.grad(out, leaf.factors[:4], leaf.grad)
+        return
+    computed = torch.autograd.grad(out, leaf.factors[:4], leaf.grad)
+    for name, value, truth in zip("ABCD", computed, expected[3:7], strict=True):
+        assert torch.equal(value, truth), name
+
+
+@pytest.mark.parametrize("operation", ["forward", "input_gradient"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_split_sums(device: torch.device, operation: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens on many processors: the sum is split, and no part is lost, doubled or given the bias twice."""
+    problem = exact(3, 70, 600, 4, 4, dtype=torch.bfloat16, device=device)
+    transposed = operation == "input_gradient"
+    if transposed:
+        problem = exact(3, 600, 70, 4, 4, dtype=torch.bfloat16, device=device)
+    chip = Architecture(_chip(device).family, processors=64)
+    shape = chip.shapes(2).weight_product(operation, 3)
+    splits = execute._splits(3, 70, 600, shape, chip)
+    assert splits > 1
+    assert (splits - 1) * launches.split_length(600, splits, shape) < 600
+    monkeypatch.setattr(execute, "_architecture", lambda _: chip)
+    rounded = reference.effective_weight(problem.weight, *problem.factors, torch.bfloat16, "dither")
+    input = problem.grad if transposed else problem.x
+    added = problem.bias if bias and not transposed else None
+    computed = execute.weight_product(operation, input, problem.weight, problem.factors, added, "dither")
+    truth = input.double() @ (rounded if transposed else rounded.t()).double()
+    truth = truth if added is None else truth + added.double()
+    assert relative_error(computed, truth) <= relative_error(truth.to(torch.bfloat16), truth) * 1.01
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_what_is_not_finite_stays_so(device: torch.device, dtype: torch.dtype) -> None:
+    """NaN of either sign and any payload, infinities, and NaN and infinities from the factors, under the dither."""
+    problem = exact(1, 40, 70, 4, 4, dtype=dtype, device=device)
+    patterns = torch.tensor([0x7FFF, -1, 0x7FC1, -0x3F], dtype=torch.int16, device=device)  # NaN in bf16 and fp16
+    problem.weight[0, :4] = patterns.view(dtype)
+    assert problem.weight[0, :4].isnan().all()
+    problem.weight[1, 0], problem.weight[1, 1] = torch.inf, -torch.inf
+    problem.B[2] = torch.nan
+    problem.B[3].view(torch.int32).fill_(-1)  # a negative NaN, all bits set
+    out = torch.empty_like(problem.weight)
+    execute.effective_weight(out, problem.weight, problem.factors, 0, 0, "dither")
+    assert out[0, :4].isnan().all()
+    assert out[1, 0] == torch.inf
+    assert out[1, 1] == -torch.inf
+    assert out[2:4].isnan().all()
+    rest = torch.ones_like(out, dtype=torch.bool)
+    rest[0, :4], rest[1, :2], rest[2:4] = False, False, False
+    assert out[rest].isfinite().all()
+
+
+def test_offsets_beyond_32_bits(device: torch.device) -> None:
+    """A weight whose last element is more than 2³¹ elements after its first; untouched pages cost nothing."""
+    rows, columns, stride = 70, 40, 2**25
+    storage = torch.empty((rows - 1) * stride + columns, dtype=torch.bfloat16, device=device)
+    weight = storage.as_strided((rows, columns), (stride, 1))
+    problem = exact(2, rows, columns, 4, 4, dtype=torch.bfloat16, device=device)
+    weight.copy_(problem.weight)
+    out = execute.weight_product("forward", problem.x, weight, problem.factors, None, "dither")
+    grad_x = execute.weight_product("input_gradient", problem.grad, weight, problem.factors, None, "dither")
+    expected = execute.weight_product("forward", problem.x, problem.weight, problem.factors, None, "dither")
+    truth = execute.weight_product("input_gradient", problem.grad, problem.weight, problem.factors, None, "dither")
+    assert torch.equal(out, expected)
+    assert torch.equal(grad_x, truth)
+    execute.effective_weight(weight, weight, problem.factors, 0, 0, "dither")
+    assert torch.equal(weight, dual_lora_merge_(problem.weight, *problem.factors, backend="triton"))
+
+
+def test_shards_use_the_whole_weights_dither(device: torch.device) -> None:
+    """A shard's W, from its own factors and its place in the whole, is that part of the whole W."""
+    problem = gaussian(1, 50, 60, 4, 4, dtype=torch.bfloat16, device=device)
+    problem.scale.fill_(1e-4)
+    whole, part = torch.empty_like(problem.weight), torch.empty_like(problem.weight[17:, 21:])
+    execute.effective_weight(whole, problem.weight, problem.factors, 0, 0, "dither")
+    factors = problem.factors.rows(17, 50).columns(21, 60)
+    execute.effective_weight(part, problem.weight[17:, 21:], factors, 17, 21, "dither")
+    assert torch.equal(part, whole[17:, 21:])
+
+
+def test_few_tokens_run_fused_and_many_over_panels(device: torch.device) -> None:
+    """The choice has one turning point for each pass and dtype."""
+    for operation in ("forward", "input_gradient", "token_product"):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            chosen = [is_fused_faster(operation, 2**power, dtype, device) for power in range(20)]
+            assert chosen[0]
+            assert not chosen[-1]
+            assert chosen == sorted(chosen, reverse=True)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    problem = gaussian(0, 20, 30, 4, 4, dtype=torch.bfloat16, device=device)
+    set_strategy("fused")
+    leaf = problem.requiring_grad()
+    out = dual_lora_linear(leaf.x, leaf.weight.detach(), *leaf.factors, leaf.bias, backend="triton")
+    assert out.shape == (0, 20)
+    for gradient in torch.autograd.grad(out, leaf.factors[:4], leaf.grad):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_factors_that_accumulate_wider_than_the_input_run_over_panels(device: torch.device) -> None:
+    """fp64 factors on a bf16 layer: no fused kernel mixes accumulators, and the refusal says so."""
+    problem = gaussian(4, 20, 30, 4, 4, dtype=torch.bfloat16, factor_dtype=torch.float64, device=device)
+    set_strategy("fused")
+    with pytest.raises(ValueError, match="accumulates in two dtypes"):
+        dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
+    set_strategy("auto")
+    out = dual_lora_linear(problem.x, problem.weight, *problem.factors, problem.bias, backend="triton")
+    assert relative_error(out, autograd_gradients(problem)[0]) < 2.0**-8
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_the_scale() -> None:
+    """Replays see a scale changed in place: warm-up inside a CUDA graph."""
+    problem = gaussian(4, 256, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
+    for mode in ("panels", "fused"):
+        set_strategy(mode)
+
+        def call() -> torch.Tensor:
+            return dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
+
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        for scale in (0.1, 0.7):
+            problem.scale.fill_(scale)
+            graph.replay()
+            assert torch.equal(out, call()), (mode, scale)
+
+
+@pytest.mark.gpu
+def test_a_graph_captured_before_any_call_has_its_own_dither() -> None:
+    """The dither's vectors are not kept from a capture, whose memory belongs to the graph."""
+    problem = gaussian(4, 256, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
+    set_strategy("fused")
+    expected = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
+    execute._hash_cache.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
+    assert not execute._hash_cache
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["panels", "fused"])
+def test_compiled_layers_equal_eager_ones(mode: str) -> None:
+    problem = gaussian(32, 256, 256, 16, 16, dtype=torch.bfloat16, device="cuda").requiring_grad()
+    set_strategy(mode)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
+        return out, *torch.autograd.grad(out, problem.factors[:4], problem.grad)
+
+    compiled = torch.compile(
+        lambda: dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton"), fullgraph=True
+    )
+    out, *gradients = step()
+    assert torch.equal(compiled(), out)
+    for value, expected in zip(
+        torch.autograd.grad(compiled(), problem.factors[:4], problem.grad), gradients, strict=True
+    ):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_on_triton_by_default() -> None:
+    backend = resolve_backend("auto", torch.device("cuda"), torch.bfloat16, torch.float32)
+    assert backend.name == "triton"
