@@ -8,13 +8,15 @@ OUT ?= results/demo
 # The tests' operations are small: threads that spin between them cost minutes on a machine that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-eager test-triton lint kernels bench gpu-session clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
-	@echo "make test   run the test suite"
+	@echo "make test   run the test suite, then its numerical part on the Triton kernels in Triton's interpreter"
 	@echo "make lint   ruff and mypy"
+	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
 	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
+	@echo "make gpu-session  on a GPU: numerics, rooflines, layer steps, memory into results/gpu, within 8 minutes"
 	@echo "make clean  remove the virtual environment and build products"
 
 # torch first and pinned, then the project against it: an unpinned torch or an isolated build fetches gigabytes.
@@ -29,13 +31,25 @@ $(VENV)/.installed: pyproject.toml setup.py
 demo: $(VENV)/.installed
 	$(PYTHON) -m examples.demo --out $(OUT)
 
-test: $(VENV)/.installed
+test: test-eager test-triton
+
+test-eager: $(VENV)/.installed
 	$(PYTHON) -m pytest
+
+# Triton's interpreter is Python and NumPy: more threads only get into each other's way.
+test-triton: $(VENV)/.installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+kernels: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.static_report --check --out results/kernels
+
+gpu-session: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.gpu_session --out results/gpu
 
 bench: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.layer_step

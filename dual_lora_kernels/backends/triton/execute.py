@@ -141,8 +141,11 @@ def _hashes(like: torch.Tensor, rounding: str, rows: int, columns: int) -> launc
         return cached
     length = launches.ceil_div(needed, _HASH_GRANULARITY) * _HASH_GRANULARITY + _HASH_GRANULARITY
     hashes = launches.Hashes(row_hashes(0, length, like.device), column_hashes(0, length, like.device))
-    if not (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        _hash_cache[like.device] = hashes
+    if like.device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return hashes
+        torch.cuda.current_stream(like.device).synchronize()  # once: later calls may be on other streams
+    _hash_cache[like.device] = hashes
     return hashes
 
 

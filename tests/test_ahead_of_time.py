@@ -1,0 +1,88 @@
+"""Every kernel compiles for real chips in the combinations that people use, not only in the benchmark's round numbers.
+
+A size of one becomes a constant in Triton, others need masks, wide offsets or rank slices: each takes another way
+through the kernels, which the interpreter does not distinguish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.ahead_of_time import compile_launch  # noqa: E402
+from dual_lora_kernels.backends import FactorGradients, Factors  # noqa: E402
+from dual_lora_kernels.backends.triton import launches  # noqa: E402
+from dual_lora_kernels.backends.triton.architecture import Architecture  # noqa: E402
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _launches(
+    family: str,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+) -> Iterator[launches.Launch]:
+    """All five kernels for M, N, K, r1, r2 = `sizes`, with a bias, splits and every estimator among them."""
+    m, n, k, r1, r2 = sizes
+    chip = Architecture(family, 132)
+    shapes = chip.shapes(dtype.itemsize)
+    wide = FP64 if FP64 in (dtype, factor_dtype) else FP32
+    x, grad = _meta(m, k, dtype=dtype), _meta(m, n, dtype=dtype)
+    weight = None if weight_dtype is None else _meta(n, k, dtype=weight_dtype)
+    up, down = (_meta(4, 4, 4, dtype=wide) for _ in range(2))
+    factors = Factors(
+        _meta(r1, k, dtype=factor_dtype), _meta(n, r1, dtype=factor_dtype),
+        _meta(r2, k, dtype=factor_dtype), _meta(n, r2, dtype=factor_dtype), _meta(dtype=FP32),
+    )  # fmt: skip
+    gradients = FactorGradients(*factors[:4])
+    hashes = launches.Hashes(_meta(8, dtype=torch.int32), _meta(8, dtype=torch.int32))
+    yield launches.effective_weight(
+        _meta(n, k, dtype=dtype), weight, factors, 3, 5, "dither", hashes, shapes.effective_weight, chip
+    )
+    yield launches.factor_gradients(
+        _meta(n, k, dtype=wide), factors, "xnor", 1.0, gradients, dtype, up, down, shapes.factor_gradients, chip
+    )
+    shape = shapes.weight_product("forward", m)
+    out, bias = _meta(1, m, n, dtype=dtype), _meta(n, dtype=dtype)
+    yield launches.weight_product(out, x, weight, factors, bias, "dither", False, hashes, shape, chip)
+    shape = shapes.weight_product("input_gradient", m)
+    parts = _meta(2, m, k, dtype=wide)
+    yield launches.weight_product(parts, grad, weight, factors, None, "nearest", True, hashes, shape, chip)
+    if launches.fits_one_slice(factors):
+        yield launches.token_product(grad, x, factors, "clip", 1.0, gradients, up, down, shapes.token_product, chip)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "dtype", "factor_dtype", "weight_dtype"),
+    [
+        ("sm_90", (1, 1, 1, 1, 1), BF16, FP32, BF16),
+        ("sm_90", (33, 100, 70, 5, 100), BF16, FP32, BF16),
+        ("sm_90", (300, 2**17, 2**15 + 1, 16, 16), FP16, BF16, FP32),
+        ("sm_90", (8, 64, 64, 16, 16), FP32, FP32, None),
+        ("sm_90", (8, 64, 64, 16, 16), FP64, FP64, BF16),
+        ("gfx942", (1, 100, 70, 1, 20), BF16, FP32, None),
+        ("gfx942", (300, 2**17, 2**15 + 1, 16, 16), FP16, FP16, FP32),
+        ("gfx1100", (7, 100, 70, 5, 12), BF16, FP32, BF16),
+    ],
+    ids=str,
+)
+def test_all_kernels_compile(
+    family: str,
+    sizes: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+) -> None:
+    binary = "cubin" if family.startswith("sm_") else "hsaco"
+    for launch in _launches(family, sizes, dtype, factor_dtype, weight_dtype):
+        assert len(compile_launch(launch, family).asm[binary]) > 0
