@@ -46,8 +46,8 @@ def compile_launch(launch: Launch, family: str) -> CompiledKernel:
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+            if not family.startswith("sm_") and value.untyped_storage().nbytes() < 2**31:
+                attributes[(index,)].append(["tt.pointer_range", 32])  # lets AMD's compiler use buffer loads
         elif value == 1 and name not in frozen:
             signature[name] = "constexpr"
             constants[name] = 1

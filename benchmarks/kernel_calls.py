@@ -95,7 +95,7 @@ def call(kernel: str, given: Operands) -> Callable[[], object]:
             given.grad, given.x, given.factors, ste, bound, given.gradients, workspace_bytes()
         )
     input = given.x if kernel == "forward" else given.grad
-    return lambda: execute.weight_product(kernel, input, given.weight, given.factors, None, ROUNDING)
+    return lambda: execute.weight_product(kernel, input, given.weight, given.factors, None, ROUNDING, workspace_bytes())
 
 
 def results(kernel: str, given: Operands) -> tuple[torch.Tensor, ...]:

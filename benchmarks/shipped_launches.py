@@ -23,6 +23,8 @@ TOKENS = 4096
 """For shapes without a bound on their tokens."""
 RANK = 16
 """r1 and r2, the layer's default."""
+LARGEST_RANK = 32
+"""The largest rank of a fused kernel and of a slice; compiled with fp32 factors, the larger ones."""
 WIDE_FAMILIES = {"any_32bit": torch.float32, "any_64bit": torch.float64}
 """Families for fp32 and fp64 computation."""
 WIDE_TARGETS = ("sm_90", "gfx942", "gfx1100")
@@ -42,6 +44,7 @@ class Case:
     shape: PanelShape | ProductShape
     compute_dtype: torch.dtype
     factor_dtype: torch.dtype
+    rank: int = RANK
 
     @property
     def tokens(self) -> int:
@@ -62,15 +65,16 @@ class Case:
     def name(self) -> str:
         """Short, for tables and messages: chip, kernel, compute/factor dtypes, tile, warps, stages."""
         dtypes = f"{dtype_name(self.compute_dtype)}/{dtype_name(self.factor_dtype)}"
-        return f"{self.chip} {self.kernel} {dtypes} {self.tile} {self.shape.warps}w {self.shape.stages}s"
+        rank = "" if self.rank == RANK else f" r{self.rank}"
+        return f"{self.chip} {self.kernel} {dtypes}{rank} {self.tile} {self.shape.warps}w {self.shape.stages}s"
 
     def launch(self) -> Launch:
-        """The kernel's launch for a weight of `FEATURES`² and factors of rank `RANK`."""
+        """The kernel's launch for a weight of `FEATURES`² and factors of its rank."""
         compute = self.compute_dtype
         architecture = Architecture(self.chip, _PROCESSORS)
         factors = Factors(
-            _meta(RANK, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, RANK, dtype=self.factor_dtype),
-            _meta(RANK, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, RANK, dtype=self.factor_dtype),
+            _meta(self.rank, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, self.rank, dtype=self.factor_dtype),
+            _meta(self.rank, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, self.rank, dtype=self.factor_dtype),
             _meta(dtype=torch.float32),
         )  # fmt: skip
         hashes = launches.Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
@@ -91,13 +95,13 @@ class Case:
         wide = accumulation_dtype(compute)
         if self.kernel == "factor_gradients":
             assert isinstance(self.shape, PanelShape)
-            up, down = _partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
+            up, down = _partials(self.rank, self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
             h = _meta(FEATURES, FEATURES, dtype=wide)
             return launches.factor_gradients(
                 h, factors, "clip", 1.0, gradients, compute, up, down, self.shape, architecture
             )
         assert isinstance(self.shape, ProductShape)
-        up, down = _partials(self.shape.first, self.shape.second, wide)
+        up, down = _partials(self.rank, self.shape.first, self.shape.second, wide)
         tokens = _meta(self.tokens, FEATURES, dtype=compute)
         return launches.token_product(
             tokens, tokens, factors, "clip", 1.0, gradients, up, down, self.shape, architecture
@@ -107,7 +111,10 @@ class Case:
 def shipped_cases(
     families: Sequence[str] = FAMILIES, kernels: Sequence[str] = KERNELS, table: dict[str, Shapes] = TABLE
 ) -> Iterator[Case]:
-    """Everything in `table`: 16-bit families in bf16 with fp32 and with bf16 factors, the wide ones on some chips."""
+    """Everything in `table`: 16-bit families in bf16 with fp32 and with bf16 factors, the wide ones on some chips.
+
+    fp32 factors also of `LARGEST_RANK`, where the family runs that fused.
+    """
     for family in families:
         chips = WIDE_TARGETS if family in WIDE_FAMILIES else (family,)
         compute = WIDE_FAMILIES.get(family, torch.bfloat16)
@@ -118,6 +125,8 @@ def shipped_cases(
                 for shape in entry if isinstance(entry, tuple) else (entry,):
                     for factor_dtype in factor_dtypes:
                         yield Case(family, chip, kernel, shape, compute, factor_dtype)
+                    if family not in WIDE_FAMILIES and table[family].fused_rank >= LARGEST_RANK:
+                        yield Case(family, chip, kernel, shape, compute, torch.float32, LARGEST_RANK)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -129,9 +138,9 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _partials(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _partials(rank: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums of tiles of rows × columns: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""
     return (
-        _meta(FEATURES // columns, FEATURES, 2 * RANK, dtype=dtype),
-        _meta(FEATURES // rows, 2 * RANK, FEATURES, dtype=dtype),
+        _meta(FEATURES // columns, FEATURES, 2 * rank, dtype=dtype),
+        _meta(FEATURES // rows, 2 * rank, FEATURES, dtype=dtype),
     )

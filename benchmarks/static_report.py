@@ -31,7 +31,7 @@ from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape
 from . import report
 from .ahead_of_time import compile_launch, target
 from .disassembly import CLASSES, class_counts, disassemble, inner_loop, matrix_instructions
-from .shipped_launches import FAMILIES, KERNELS, RANK, Case, dtype_name, shipped_cases
+from .shipped_launches import FAMILIES, KERNELS, Case, dtype_name, shipped_cases
 
 SHARED_LIMIT_KIB = {
     "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
@@ -76,6 +76,7 @@ class Row:
     kernel: str
     compute: str
     factors: str
+    rank: int
     tile: str
     warps: int
     stages: int
@@ -105,7 +106,9 @@ def measure(case: Case) -> Row:
         elements = shape.rows * shape.columns if isinstance(shape, PanelShape) else shape.first * shape.second
         slots = len(counted) * target(case.chip).warp_size * shape.warps / elements
     if isinstance(shape, ProductShape) and case.family == "sm_90":
-        ratio = len(counted) * shape.warps / _SCHEDULERS / tensor_cycles(case.kernel, shape, case.factor_dtype)
+        ratio = (
+            len(counted) * shape.warps / _SCHEDULERS / tensor_cycles(case.kernel, shape, case.factor_dtype, case.rank)
+        )
     return Row(
         name=case.name,
         family=case.family,
@@ -113,6 +116,7 @@ def measure(case: Case) -> Row:
         kernel=case.kernel,
         compute=dtype_name(case.compute_dtype),
         factors=dtype_name(case.factor_dtype),
+        rank=case.rank,
         tile=case.tile,
         warps=shape.warps,
         stages=shape.stages,
@@ -131,12 +135,12 @@ def measure(case: Case) -> Row:
     )
 
 
-def tensor_cycles(kernel: str, shape: ProductShape, factor_dtype: torch.dtype) -> float:
+def tensor_cycles(kernel: str, shape: ProductShape, factor_dtype: torch.dtype, rank: int) -> float:
     """Cycles that an H100 processor's tensor cores need for one step of a fused kernel in 16 bits."""
     cycles = shape.tokens * shape.first * shape.second / _H100_BF16_FMA
     if kernel == "token_product":
         return cycles  # the factors come after its loop
-    fma = shape.first * shape.second * 2 * rank_block(RANK).block  # P and Q, both of rank RANK
+    fma = shape.first * shape.second * 2 * rank_block(rank).block  # P and Q, both of this rank
     if factor_dtype == torch.float32:
         return cycles + _TF32_PRODUCTS * fma / _H100_TF32_FMA
     return cycles + fma / _H100_BF16_FMA

@@ -79,7 +79,7 @@ def linear_kernel(
     """Y [M, N] from X [M, K], in X's dtype."""
     check_scale_value(scale)
     chosen = resolve_backend(backend, input.device, input.dtype, A.dtype)
-    bias = None if bias is None else bias.to(input.dtype)
+    bias = None if bias is None else bias.to(input.dtype).contiguous()
     return passes.forward(_dense(input), weight, Factors(A, B, C, D, scale), bias, rounding, chosen)
 
 
@@ -178,6 +178,7 @@ def merge_kernel(
     check_scale_value(scale)
     chosen = resolve_backend(backend, weight.device, weight.dtype, A.dtype)
     panels.merge_(weight, Factors(A, B, C, D, scale), rounding, chosen)
+    torch.autograd.graph.increment_version(weight)  # kernels write past PyTorch's own counting
 
 
 @_fake("merge_")

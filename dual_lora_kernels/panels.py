@@ -23,7 +23,8 @@ _ALIGNMENT = 64
 def set_workspace_bytes(count: int) -> None:
     """Bound the temporary memory of a call, in bytes (default 32 MiB).
 
-    A panel takes at least one row or column, so the bound is exceeded where that alone is larger.
+    A panel takes at least one row or column, and the Triton backend's partial sums of gradients at least one row of
+    tiles, so the bound is exceeded where that alone is larger.
     """
     global _workspace_bytes
     check_positive_int("count", count)

@@ -53,7 +53,7 @@ def forward(
     """Y = X Wᵀ + b, [M, N]."""
     fused = _fused("forward", x, factors, backend)
     if fused is not None:
-        return fused.weight_product("forward", x, weight, factors, bias, rounding)
+        return fused.weight_product("forward", x, weight, factors, bias, rounding, panels.workspace_bytes())
     return panels.forward(x, weight, factors, bias, rounding, backend)
 
 
@@ -63,7 +63,7 @@ def input_gradient(
     """∂X = G W, [M, K]."""
     fused = _fused("input_gradient", grad, factors, backend)
     if fused is not None:
-        return fused.weight_product("input_gradient", grad, weight, factors, None, rounding)
+        return fused.weight_product("input_gradient", grad, weight, factors, None, rounding, panels.workspace_bytes())
     return panels.input_gradient(grad, weight, factors, rounding, backend)
 
 

@@ -50,12 +50,12 @@ def test_triton_on_an_unknown_device_says_why_not() -> None:
 def test_an_unknown_chip_is_named_with_those_that_are_known(rocm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from dual_lora_kernels.backends.triton.architecture import architecture
+    from dual_lora_kernels.backends.triton.architecture import _gpu_architecture
 
     chip = SimpleNamespace(name="Old", gcnArchName="gfx906:sramecc+", major=7, minor=0, multi_processor_count=80)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
     monkeypatch.setattr(torch.version, "hip", "6.0" if rocm else None)
-    reason = architecture.__wrapped__(torch.device("cuda"))
+    reason = _gpu_architecture.__wrapped__(0)
     assert isinstance(reason, str)
     assert ("gfx906" in reason and "gfx942" in reason) if rocm else ("7.0" in reason and "9.0" in reason)
 
@@ -69,13 +69,13 @@ def test_chips_use_their_familys_shapes(
 ) -> None:
     from types import SimpleNamespace
 
-    from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
+    from dual_lora_kernels.backends.triton.architecture import Architecture, _gpu_architecture
 
     major, minor = name if isinstance(name, tuple) else (9, 4)
     chip = SimpleNamespace(name="Chip", gcnArchName=name, major=major, minor=minor, multi_processor_count=80)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
     monkeypatch.setattr(torch.version, "hip", rocm)
-    assert architecture.__wrapped__(torch.device("cuda")) == Architecture(family, 80)
+    assert _gpu_architecture.__wrapped__(0) == Architecture(family, 80)
 
 
 def test_without_triton_the_backend_is_not_available_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_lora_kernels import dual_lora_delta, dual_lora_linear, reference
+from dual_lora_kernels import (
+    dual_lora_delta,
+    dual_lora_linear,
+    dual_lora_merge_,
+    reference,
+    set_strategy,
+    strategy,
+)
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .problems import Problem, autograd_gradients, gaussian, relative_error
@@ -76,6 +83,44 @@ def test_strided_tensors(device: torch.device, backend: str, which: str, how: st
     computed = [out, *torch.autograd.grad(out, [*leaves.values(), bias], tensors["grad"])]
     for name, value, truth in zip(("output", *NAMES), computed, expected, strict=True):
         assert relative_error(value, truth) < 1e-12, name
+
+
+def test_strided_bias(device: torch.device, backend: str) -> None:
+    """A column of a table, and one number for all."""
+    problem = gaussian(3, 20, 5, 2, 2, dtype=torch.float64, device=device)
+    table = torch.randn(20, 3, dtype=torch.float64, device=device)
+    for bias in (table[:, 1], table[:1, 0].expand(20)):
+        out = dual_lora_linear(problem.x, problem.weight, *problem.factors, bias, backend=backend)
+        expected = reference.linear(problem.x, problem.weight, *problem.factors, bias)
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_output_may_be_changed_in_place(device: torch.device, backend: str) -> None:
+    """As `nn.ReLU(inplace=True)` or ``y += residual`` after the layer do."""
+    problem = gaussian(3, 20, 5, 2, 2, device=device).requiring_grad()
+    out = dual_lora_linear(problem.x, problem.weight.detach(), *problem.factors, backend=backend)
+    torch.relu_(out.add_(1))
+    assert torch.autograd.grad(out.sum(), problem.x)[0].isfinite().all()
+
+
+def test_merging_between_forward_and_backward_is_noticed(device: torch.device, backend: str) -> None:
+    """Backward would use the merged weight with the update on top."""
+    problem = gaussian(3, 20, 5, 2, 2, device=device).requiring_grad()
+    weight = problem.weight.detach()
+    out = dual_lora_linear(problem.x, weight, *problem.factors, backend=backend)
+    dual_lora_merge_(weight, *problem.factors, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_other_clip_bounds(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    """A bound that fp32 cannot hold: fp64 layers clip at exactly it."""
+    problem = gaussian(9, 20, 30, 3, 4, dtype=dtype, device=device)
+    expected = autograd_gradients(problem.to(torch.float64), clip_bound=0.1)
+    computed = _run(problem, clip_bound=0.1, backend=backend)
+    for name, value, truth in zip(("output", *NAMES), computed, expected, strict=True):
+        assert relative_error(value, truth) < 100 * torch.finfo(dtype).eps, name
 
 
 def test_expanded_input_and_gradient(device: torch.device, backend: str) -> None:
@@ -166,9 +211,12 @@ def test_autocast(device: torch.device, backend: str, dtype: torch.dtype) -> Non
     """Computes in autocast's dtype from fp32 tensors, and gradients come back in fp32; fp64 is left alone."""
     problem = gaussian(16, 24, 20, 4, 4, device=device)
     leaf = problem.requiring_grad()
+    mode = strategy()
     with torch.autocast(device.type, dtype=dtype):
         out = dual_lora_linear(leaf.x, leaf.weight, *leaf.factors, leaf.bias, backend=backend)
+        set_strategy("auto")  # no fused kernel accumulates in two dtypes
         double = dual_lora_linear(leaf.x.double(), leaf.weight, *leaf.factors, leaf.bias, backend=backend)
+    set_strategy(mode)
     assert double.dtype == torch.float64
     low = problem.requiring_grad()
     expected = dual_lora_linear(low.x.to(dtype), low.weight, *low.factors, low.bias, backend=backend)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import static_report
+from benchmarks import report, static_report
 from benchmarks.disassembly import (
     CLASSES,
     Resources,
@@ -23,9 +23,9 @@ from benchmarks.disassembly import (
     parse_amdgcn,
     parse_sass,
 )
-from benchmarks.shipped_launches import FAMILIES, KERNELS, Case, shipped_cases
+from benchmarks.shipped_launches import FAMILIES, KERNELS, Case, dtype_name, shipped_cases
 from benchmarks.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
-from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape
+from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
 
 SASS = """
 		Function : weight_product_kernel
@@ -182,6 +182,7 @@ def clean_row() -> Row:
         kernel="forward",
         compute="bf16",
         factors="fp32",
+        rank=16,
         tile="256×128×32",
         warps=8,
         stages=3,
@@ -244,9 +245,9 @@ def _pretend_to_measure(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> Non
 def test_tensor_cycles_count_the_main_and_the_rank_products() -> None:
     shape = ProductShape(tokens=128, first=128, second=64, warps=8, stages=3)
     main, rank = 512, 128 * 64 * 32
-    assert tensor_cycles("forward", shape, torch.bfloat16) == main + rank / 2048
-    assert tensor_cycles("forward", shape, torch.float32) == main + 3 * rank / 1024
-    assert tensor_cycles("token_product", shape, torch.float32) == main
+    assert tensor_cycles("forward", shape, torch.bfloat16, 16) == main + rank / 2048
+    assert tensor_cycles("forward", shape, torch.float32, 16) == main + 3 * rank / 1024
+    assert tensor_cycles("token_product", shape, torch.float32, 16) == main
 
 
 def test_every_shipped_shape_of_every_family_is_a_case() -> None:
@@ -254,10 +255,26 @@ def test_every_shipped_shape_of_every_family_is_a_case() -> None:
     assert {case.family for case in cases} == set(FAMILIES)
     assert {case.chip for case in cases} == set(SHARED_LIMIT_KIB)
     for family in SHARED_LIMIT_KIB:
-        kernels = [(case.kernel, case.factor_dtype) for case in cases if case.family == family]
-        assert len(kernels) == 2 * (len(kernels) // 2)
-        assert {kernel for kernel, _ in kernels} == set(KERNELS)
-        assert {dtype for _, dtype in kernels} == {torch.float32, torch.bfloat16}
+        combinations: dict[tuple[str, str], set[tuple[torch.dtype, int]]] = {}
+        for case in cases:
+            if case.family == family:
+                combinations.setdefault((case.kernel, case.tile), set()).add((case.factor_dtype, case.rank))
+        assert {kernel for kernel, _ in combinations} == set(KERNELS)
+        expected = {(torch.float32, 16), (torch.bfloat16, 16)}
+        if TABLE[family].fused_rank == 32:
+            expected.add((torch.float32, 32))
+        assert all(found == expected for found in combinations.values())
+
+
+def test_the_committed_report_is_of_the_shipped_shapes() -> None:
+    """Whoever changes a tile runs the report again."""
+    rows = json.loads((report.RESULTS / "static_report.json").read_text(encoding="utf-8"))["rows"]
+    reported = {(row["chip"], row["kernel"], row["compute"], row["factors"], row["rank"], row["tile"]) for row in rows}
+    shipped = {
+        (case.chip, case.kernel, dtype_name(case.compute_dtype), dtype_name(case.factor_dtype), case.rank, case.tile)
+        for case in shipped_cases()
+    }
+    assert reported == shipped
 
 
 def test_a_kernel_compiles_for_an_h100_and_its_tensor_cycles_match_its_instructions() -> None:
@@ -272,7 +289,7 @@ def test_a_kernel_compiles_for_an_h100_and_its_tensor_cycles_match_its_instructi
         dimensions, _, dtype = name.removeprefix("HGMMA.").split(".")
         m, n, k = map(int, dimensions.split("x"))
         cycles += count * m * n * k / {"BF16": 2048, "TF32": 1024}[dtype]
-    assert cycles == tensor_cycles("forward", shape, torch.float32)  # one warp group, so one instruction stream
+    assert cycles == tensor_cycles("forward", shape, torch.float32, 16)  # one warp group, so one instruction stream
     assert row.issue_per_tensor_cycle == sum(row.step.values()) / cycles  # 4 warps on 4 schedulers
 
 

@@ -81,8 +81,9 @@ class FusedPasses(Protocol):
         factors: Factors,
         bias: torch.Tensor | None,
         rounding: str,
+        workspace: int,
     ) -> torch.Tensor:
-        """Y = X Wᵀ + b [M, N] for ``"forward"``, ∂X = G W [M, K] for ``"input_gradient"``."""
+        """Y = X Wᵀ + b [M, N] for ``"forward"``, ∂X = G W [M, K] for ``"input_gradient"``; `bias` is contiguous."""
 
     def token_product(
         self,

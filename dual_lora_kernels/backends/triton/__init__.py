@@ -8,9 +8,12 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch.torch_version import TorchVersion
 
 from ...reference import accumulation_dtype
 from ..base import FactorGradients, Factors, FusedPasses
+
+LEAST_TRITON = (3, 6)
 
 
 class TritonBackend:
@@ -71,13 +74,13 @@ class TritonFused:
     """The passes as one kernel each."""
 
     def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
-        from .execute import least_token_product_bytes
-        from .launches import MAX_BLOCK_RANK, fits_one_slice
+        from .execute import fused_rank_limit, least_token_product_bytes
 
+        ranks = (factors.A.shape[0], factors.C.shape[0])
         if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
             return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
-        if operation == "token_product" and not fits_one_slice(factors):
-            return f"ranks {factors.A.shape[0]} and {factors.C.shape[0]} exceed {MAX_BLOCK_RANK}, a tile's limit"
+        if max(ranks) > (limit := fused_rank_limit(input)):
+            return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
         if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
             return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
         return None
@@ -95,10 +98,11 @@ class TritonFused:
         factors: Factors,
         bias: torch.Tensor | None,
         rounding: str,
+        workspace: int,
     ) -> torch.Tensor:
         from . import execute
 
-        return execute.weight_product(operation, input, weight, factors, bias, rounding)
+        return execute.weight_product(operation, input, weight, factors, bias, rounding, workspace)
 
     def token_product(
         self,
@@ -118,7 +122,9 @@ class TritonFused:
 @cache
 def _import_failure() -> str | None:
     try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install 'triton>=3.6'"
+        import triton
+    except Exception as error:  # a broken installation must not keep a call from another backend
+        return f"triton cannot be imported ({type(error).__name__}: {error}): pip install 'triton>=3.6'"
+    if TorchVersion(triton.__version__) < LEAST_TRITON:  # type: ignore[operator]
+        return f"triton {triton.__version__} is too old: pip install 'triton>={'.'.join(map(str, LEAST_TRITON))}'"
     return None

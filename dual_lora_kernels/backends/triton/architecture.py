@@ -60,7 +60,6 @@ def is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
 def architecture(device: torch.device) -> Architecture | str:
     """The device's architecture, or the reason why kernels cannot run on it."""
     if device.type == "cpu":
@@ -69,6 +68,11 @@ def architecture(device: torch.device) -> Architecture | str:
         return "Triton runs on CPUs in its interpreter only (TRITON_INTERPRET=1, for tests)"
     if device.type != "cuda":
         return f"there are no kernels for device type {device.type!r}"
+    return _gpu_architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _gpu_architecture(device: int) -> Architecture | str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]

@@ -5,6 +5,8 @@ Only for devices that `architecture` knows; the backend has checked that.
 
 from __future__ import annotations
 
+from threading import Thread
+
 import torch
 
 from ...reference import accumulation_dtype
@@ -16,8 +18,11 @@ from .shapes import ProductShape
 
 _PROGRAMS_PER_PROCESSOR = 2
 """A product for few tokens is split over its sum until every processor has so many programs and loads in flight."""
-_HASH_GRANULARITY = 8192
-_hash_cache: dict[torch.device, launches.Hashes] = {}
+_TILE_MARGIN = 1024
+"""Hashes beyond the weight's last line that a tile may read; larger than any tile."""
+_LEAST_HASHES = 16384
+_hash_cache: dict[torch.device, list[launches.Hashes]] = {}
+"""The vectors made so far, the longest last. None is ever released: captured CUDA graphs hold their addresses."""
 
 
 def effective_weight(
@@ -65,6 +70,7 @@ def weight_product(
     factors: Factors,
     bias: torch.Tensor | None,
     rounding: str,
+    workspace: int,
 ) -> torch.Tensor:
     """Y of ``"forward"``, ∂X of ``"input_gradient"``: [tokens, features] in the input's dtype."""
     transposed = operation == "input_gradient"
@@ -74,13 +80,16 @@ def weight_product(
         return input.new_empty(0, features)
     chip = _architecture(input.device)
     shape = chip.shapes(input.itemsize).weight_product(operation, tokens)
-    splits = _splits(tokens, features, input.shape[1], shape, chip)
-    dtype = input.dtype if splits == 1 else accumulation_dtype(input.dtype)
-    out = input.new_empty((splits, tokens, features), dtype=dtype)
+    wide = accumulation_dtype(input.dtype)
+    most = workspace // (tokens * features * wide.itemsize)
+    splits = _splits(tokens, features, input.shape[1], most, shape, chip)
+    # With one part the result is no view of a larger buffer: autograd forbids changing such views in place.
+    result = input.new_empty((tokens, features))
+    out = result[None] if splits == 1 else input.new_empty((splits, tokens, features), dtype=wide)
     hashes = _hashes(input, rounding, out_features, in_features)
     launches.weight_product(out, input, weight, factors, bias, rounding, transposed, hashes, shape, chip).run()
     if splits == 1:
-        return out[0]
+        return result
     total = out.sum(0)
     return (total if bias is None else total.add_(bias)).to(input.dtype)
 
@@ -109,6 +118,11 @@ def token_product(
         _accumulate(gradients.rows(start, stop), up, down, part)
 
 
+def fused_rank_limit(input: torch.Tensor) -> int:
+    """The largest rank for which fused kernels fit the registers and the shared memory of `input`'s device."""
+    return _architecture(input.device).shapes(input.itemsize).fused_rank
+
+
 def least_token_product_bytes(input: torch.Tensor, factors: Factors) -> int:
     """Bytes of the partial sums of one row of tiles, the least that `token_product` works with."""
     shape = _architecture(input.device).shapes(input.itemsize).token_product
@@ -129,31 +143,38 @@ def _architecture(device: torch.device) -> Architecture:
 
 
 def _hashes(like: torch.Tensor, rounding: str, rows: int, columns: int) -> launches.Hashes:
-    """The dither's vectors for a weight of at least rows × columns, kept per device.
-
-    Not kept while a CUDA graph is being captured: they would live in that graph's memory.
-    """
+    """The dither's vectors for a weight of at least rows × columns and a tile more, kept per device."""
     if not is_dithered(like.dtype, rounding):
         return launches.Hashes(like, like)  # never read
-    cached = _hash_cache.get(like.device)
-    needed = max(rows, columns)
-    if cached is not None and len(cached.rows) >= needed + _HASH_GRANULARITY:
-        return cached
-    length = launches.ceil_div(needed, _HASH_GRANULARITY) * _HASH_GRANULARITY + _HASH_GRANULARITY
-    hashes = launches.Hashes(row_hashes(0, length, like.device), column_hashes(0, length, like.device))
-    if like.device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return hashes
-        torch.cuda.current_stream(like.device).synchronize()  # once: later calls may be on other streams
-    _hash_cache[like.device] = hashes
+    needed = max(rows, columns) + _TILE_MARGIN
+    kept = _hash_cache.setdefault(like.device, [])
+    if kept and len(kept[-1].rows) >= needed:
+        return kept[-1]
+    length = max(_LEAST_HASHES, 1 << (needed - 1).bit_length())
+    if like.device.type != "cuda":
+        kept.append(_make_hashes(length, like.device))
+    elif torch.cuda.is_current_stream_capturing():
+        return _make_hashes(length, like.device)  # in the graph's memory, written anew by each replay
+    else:
+        # In a thread of its own: what torch.compile's CUDA graphs allocate on theirs belongs to a pool that they reuse.
+        thread = Thread(target=lambda: kept.append(_make_hashes(length, like.device)))
+        thread.start()
+        thread.join()
+    return kept[-1]
+
+
+def _make_hashes(length: int, device: torch.device) -> launches.Hashes:
+    hashes = launches.Hashes(row_hashes(0, length, device), column_hashes(0, length, device))
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).synchronize()  # calls on other streams will read them
     return hashes
 
 
-def _splits(tokens: int, features: int, length: int, shape: ProductShape, chip: Architecture) -> int:
-    """Into how many parts a product's sum is cut: a small grid would leave processors idle and memory waiting."""
+def _splits(tokens: int, features: int, length: int, most: int, shape: ProductShape, chip: Architecture) -> int:
+    """Into how many parts, `most` at most, a product's sum is cut: a small grid leaves processors and memory idle."""
     programs = launches.ceil_div(tokens, shape.tokens) * launches.ceil_div(features, shape.first)
     steps = launches.ceil_div(length, shape.second)
-    wanted = min(_PROGRAMS_PER_PROCESSOR * chip.processors // programs, steps // 4)
+    wanted = min(_PROGRAMS_PER_PROCESSOR * chip.processors // programs, steps // 4, most)
     if wanted <= 1:
         return 1
     return launches.ceil_div(length, launches.split_length(length, wanted, shape))  # no empty part

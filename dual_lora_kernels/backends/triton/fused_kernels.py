@@ -82,7 +82,7 @@ def weight_product_kernel(
 
 @triton.jit
 def token_product_kernel(
-    grad, input, A, B, C, D, scale, up_partials, down_partials, clip_bound,
+    grad, input, A, B, C, D, scale, up_partials, down_partials,
     tokens, rows, columns, r1, r2,
     grad_token_stride, grad_row_stride, input_token_stride, input_column_stride,
     A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
@@ -91,7 +91,7 @@ def token_product_kernel(
     BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
     BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, MASK_TOKENS: tl.constexpr, WIDE: tl.constexpr,
-    STE: tl.constexpr, WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
+    STE: tl.constexpr, CLIP_BOUND: tl.constexpr, WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
     ACCUMULATOR: tl.constexpr, PRODUCT: tl.constexpr, SPLIT: tl.constexpr,
     PRODUCT_PRECISION: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
@@ -119,6 +119,8 @@ def token_product_kernel(
             input, token, column, tokens, columns, input_token_stride, input_column_stride, MASK_TOKENS, MASK_COLUMNS
         )
         h = dot(g, x, h, PRODUCT_PRECISION, INTERPRETED)
+    if MASK_ROWS or MASK_COLUMNS:  # an infinity times a line that was not there is a NaN, which would spread
+        h = tl.where((row < rows)[:, None] & (column < columns)[None, :], h, 0.0)
     p = factor_product(
         B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
@@ -132,12 +134,12 @@ def token_product_kernel(
     gradient_B = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)
     gradient_D = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)
     gradient_B, gradient_D = contribute(
-        h, p.to(PRODUCT), q.to(PRODUCT), tl.load(scale).to(PRODUCT), clip_bound,
+        h, p.to(PRODUCT), q.to(PRODUCT), tl.load(scale).to(PRODUCT),
         A, B, C, D, row, column, rows, columns, r1, r2, ranks,
         A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
         C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
         gradient_B, gradient_D, down_partials + row_tile.to(tl.int64) * (r1 + r2) * columns,
-        MASK_ROWS, MASK_COLUMNS, STE, WANT_MAGNITUDE, WANT_DIRECTION, PRECISION, INTERPRETED,
+        MASK_ROWS, MASK_COLUMNS, STE, CLIP_BOUND, WANT_MAGNITUDE, WANT_DIRECTION, PRECISION, INTERPRETED,
     )
     store_up(
         up_partials + column_tile.to(tl.int64) * rows * (r1 + r2), gradient_B, gradient_D,

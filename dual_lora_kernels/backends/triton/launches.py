@@ -27,8 +27,8 @@ _TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-MAX_BLOCK_RANK = 64
-"""Ranks beyond this are taken in slices: the two row factors of a tile must fit beside it."""
+MAX_BLOCK_RANK = 32
+"""Ranks beyond this are taken in slices: a tile's factors and their gradients must fit beside it."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,6 @@ def rank_block(rank: int) -> RankBlock:
     return RankBlock(block, slices, slices * block != rank)
 
 
-def fits_one_slice(factors: Factors) -> bool:
-    """Whether both ranks fit a tile whole."""
-    return max(factors.A.shape[0], factors.C.shape[0]) <= MAX_BLOCK_RANK
-
-
 def effective_weight(
     out: torch.Tensor,
     weight: torch.Tensor | None,
@@ -115,7 +110,7 @@ def effective_weight(
             HAS_WEIGHT=weight is not None, DITHER=is_dithered(out.dtype, rounding),
             ACCUMULATOR=_TL_DTYPES[accumulator], COMPUTE=_TL_DTYPES[_compute_dtype(accumulator, weight)],
             SPLIT=_splits(factors, out.dtype, architecture),
-            CANONICAL_NAN=_has_canonical_nan(architecture), INTERPRETED=is_interpreted(),
+            CANONICAL_NAN=_has_canonical_nan(accumulator, weight, architecture), INTERPRETED=is_interpreted(),
         ),
         shape.warps,
         shape.stages,
@@ -149,7 +144,7 @@ def factor_gradients(
         ),
         dict(
             h=h, **_factor_tensors(factors), up_partials=up_partials, down_partials=down_partials,
-            clip_bound=clip_bound, rows=rows, columns=columns, **_ranks(factors), h_row_stride=h.stride(0),
+            rows=rows, columns=columns, **_ranks(factors), h_row_stride=h.stride(0),
             **_factor_strides(factors),
         ),
         dict(
@@ -157,7 +152,7 @@ def factor_gradients(
             BLOCK_RANK=max(block.block for block in blocks), **_rank_constants(factors),
             MASK_ROWS=rows % shape.rows != 0, MASK_COLUMNS=columns % shape.columns != 0,
             WIDE=_is_wide(h, *factors[:4]),
-            **_estimator_constants(ste, gradients),
+            **_estimator_constants(ste, clip_bound, gradients),
             ACCUMULATOR=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
             SPLIT=_splits(factors, compute_dtype, architecture),
             PRECISION=_contraction_precision(compute_dtype, architecture), INTERPRETED=is_interpreted(),
@@ -212,7 +207,7 @@ def weight_product(
             PRODUCT=_TL_DTYPES[accumulation_dtype(input.dtype)],
             SPLIT=_splits(factors, input.dtype, architecture),
             PRECISION=_product_precision(input.dtype, architecture),
-            CANONICAL_NAN=_has_canonical_nan(architecture), INTERPRETED=is_interpreted(),
+            CANONICAL_NAN=_has_canonical_nan(accumulator, weight, architecture), INTERPRETED=is_interpreted(),
         ),
         shape.warps,
         shape.stages,
@@ -239,7 +234,7 @@ def token_product(
         (ceil_div(rows, shape.first) * ceil_div(columns, shape.second),),
         dict(
             grad=grad, input=input, **_factor_tensors(factors), up_partials=up_partials, down_partials=down_partials,
-            clip_bound=clip_bound, tokens=tokens, rows=rows, columns=columns, **_ranks(factors),
+            tokens=tokens, rows=rows, columns=columns, **_ranks(factors),
             grad_token_stride=grad.stride(0), grad_row_stride=grad.stride(1),
             input_token_stride=input.stride(0), input_column_stride=input.stride(1),
             **_factor_strides(factors),
@@ -250,7 +245,7 @@ def token_product(
             **_rank_constants(factors),
             MASK_ROWS=rows % shape.first != 0, MASK_COLUMNS=columns % shape.second != 0,
             MASK_TOKENS=tokens % shape.tokens != 0, WIDE=_is_wide(grad, input, *factors[:4]),
-            **_estimator_constants(ste, gradients),
+            **_estimator_constants(ste, clip_bound, gradients),
             ACCUMULATOR=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
             PRODUCT=_TL_DTYPES[up_partials.dtype],
             SPLIT=_splits(factors, input.dtype, architecture),
@@ -296,9 +291,11 @@ def _rank_constants(factors: Factors) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _estimator_constants(ste: str, gradients: FactorGradients) -> dict[str, Any]:
+def _estimator_constants(ste: str, clip_bound: float, gradients: FactorGradients) -> dict[str, Any]:
+    # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
     return dict(
-        STE=ste, WANT_MAGNITUDE=gradients.magnitude_wanted, WANT_DIRECTION=gradients.direction_wanted
+        STE=ste, CLIP_BOUND=clip_bound,
+        WANT_MAGNITUDE=gradients.magnitude_wanted, WANT_DIRECTION=gradients.direction_wanted,
     )  # fmt: skip
 
 
@@ -315,9 +312,10 @@ def _splits(factors: Factors, compute_dtype: torch.dtype, architecture: Architec
     return architecture.is_nvidia and factors.A.dtype == torch.float32 and compute_dtype.itemsize == 2
 
 
-def _has_canonical_nan(architecture: Architecture) -> bool:
-    """Whether arithmetic makes every NaN 0x7FFFFFFF, as NVIDIA's does; AMD's and the interpreter's keep payloads."""
-    return architecture.is_nvidia and not is_interpreted()
+def _has_canonical_nan(accumulator: torch.dtype, weight: torch.Tensor | None, architecture: Architecture) -> bool:
+    """Whether every NaN in W0 + ΔW is 0x7FFFFFFF: NVIDIA's fp32 arithmetic makes them so; others keep payloads."""
+    is_fp32 = _compute_dtype(accumulator, weight) == torch.float32
+    return architecture.is_nvidia and is_fp32 and not is_interpreted()
 
 
 def _product_precision(dtype: torch.dtype, architecture: Architecture) -> str:

@@ -51,12 +51,12 @@ def effective_weight_kernel(
 
 @triton.jit
 def contribute(
-    h, p, q, scale, clip_bound,
+    h, p, q, scale,
     A, B, C, D, row, column, rows, columns, r1, r2, ranks,
     A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
     C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
     gradient_B, gradient_D, down_partials,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, STE: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, STE: tl.constexpr, CLIP_BOUND: tl.constexpr,
     WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
@@ -65,7 +65,7 @@ def contribute(
     ∂B = ∂P Aᵀ and ∂D = ∂Q Cᵀ are added to the accumulators [rows, ranks], which are returned; ∂A = Bᵀ ∂P and ∂C = Dᵀ ∂Q
     are stored to `down_partials` [r1 + r2, columns], whose sum over blocks of rows the caller takes.
     """
-    grad_p, grad_q = product_gradient_tiles(h, p, q, scale, clip_bound, STE)
+    grad_p, grad_q = product_gradient_tiles(h, p, q, scale, STE, CLIP_BOUND)
     if WANT_MAGNITUDE:
         down = load_factor(A, ranks, column, r1, columns, A_rank_stride, A_column_stride, True, MASK_COLUMNS)
         up = load_factor(B, row, ranks, rows, r1, B_row_stride, B_rank_stride, MASK_ROWS, True)
@@ -104,7 +104,7 @@ def store_up(
 
 @triton.jit
 def factor_gradients_kernel(
-    h, A, B, C, D, scale, up_partials, down_partials, clip_bound,
+    h, A, B, C, D, scale, up_partials, down_partials,
     rows, columns, r1, r2, h_row_stride,
     A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
     C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
@@ -112,7 +112,7 @@ def factor_gradients_kernel(
     BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
     BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-    STE: tl.constexpr, WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
+    STE: tl.constexpr, CLIP_BOUND: tl.constexpr, WANT_MAGNITUDE: tl.constexpr, WANT_DIRECTION: tl.constexpr,
     ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):
     """Partial factor gradients from one block of H [rows, columns].
@@ -147,11 +147,11 @@ def factor_gradients_kernel(
         )
         h_tile = load_factor(h, row, column, rows, columns, h_row_stride, 1, MASK_ROWS, MASK_COLUMNS)
         gradient_B, gradient_D = contribute(
-            h_tile, p.to(wide), q.to(wide), s, clip_bound,
+            h_tile, p.to(wide), q.to(wide), s,
             A, B, C, D, row, column, rows, columns, r1, r2, ranks,
             A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
             C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
             gradient_B, gradient_D, down_partials,
-            MASK_ROWS, MASK_COLUMNS, STE, WANT_MAGNITUDE, WANT_DIRECTION, PRECISION, INTERPRETED,
+            MASK_ROWS, MASK_COLUMNS, STE, CLIP_BOUND, WANT_MAGNITUDE, WANT_DIRECTION, PRECISION, INTERPRETED,
         )
     store_up(up_partials, gradient_B, gradient_D, row, rows, r1, r2, ranks, WANT_MAGNITUDE, WANT_DIRECTION)

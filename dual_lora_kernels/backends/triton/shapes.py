@@ -44,7 +44,11 @@ class ProductShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """One family's entries. `fused_up_to`: the largest number of tokens for which a pass runs fused."""
+    """One family's entries.
+
+    `fused_up_to`: the largest number of tokens for which a pass runs fused. `fused_rank`: the largest rank, 16 or 32,
+    for which all of them compile without a spill and within shared memory.
+    """
 
     effective_weight: PanelShape
     factor_gradients: PanelShape
@@ -52,6 +56,7 @@ class Shapes:
     input_gradient: tuple[ProductShape, ...]
     token_product: ProductShape
     fused_up_to: dict[str, int]
+    fused_rank: int
 
     def __post_init__(self) -> None:
         for operation in ("forward", "input_gradient"):
@@ -74,6 +79,7 @@ def parse(entry: dict[str, Any]) -> Shapes:
         input_gradient=tuple(ProductShape(**shape) for shape in entry["input_gradient"]),
         token_product=ProductShape(**entry["token_product"]),
         fused_up_to=dict(entry["fused_up_to"]),
+        fused_rank=entry["fused_rank"],
     )
 
 

@@ -164,13 +164,13 @@ def effective_tile(
 
 
 @triton.jit
-def product_gradient_tiles(h, p, q, scale, clip_bound, STE: tl.constexpr):
+def product_gradient_tiles(h, p, q, scale, STE: tl.constexpr, CLIP_BOUND: tl.constexpr):
     """(∂P, ∂Q) on a tile from its complete H = Gᵀ X."""
     scaled = h * scale
     grad_p = tl.where(p > 0, tl.where(q > 0, scaled, -scaled), 0.0)
     grad_q = scaled * tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if STE == "clip":
-        bound = tl.full((), 0.0, grad_q.dtype) + clip_bound
+        bound = tl.full((), CLIP_BOUND, grad_q.dtype)
         # Not tl.clamp: for fp64, Triton 3.9 lowers its symmetric form to an instruction that does not exist.
         grad_q = tl.minimum(grad_q, bound, propagate_nan=tl.PropagateNan.ALL)
         grad_q = tl.maximum(grad_q, -bound, propagate_nan=tl.PropagateNan.ALL)
