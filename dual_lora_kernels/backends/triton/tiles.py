@@ -110,19 +110,21 @@ def round_tile(
     DTYPE: tl.constexpr, DITHER: tl.constexpr, CANONICAL_NAN: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`rounding.round_to` on a tile. The dither's field is the outer product of its hash vectors, wrapping int32."""
-    if not DITHER:
-        return narrow(values, DTYPE, INTERPRETED)
-    values = values.to(tl.float32)
-    field = tl.mul(row_hashes[:, None], column_hashes[None, :], sanitize_overflow=False).to(tl.uint32, bitcast=True)
-    bits = values.to(tl.int32, bitcast=True)
-    # The addition must not carry a NaN over into a number. Clearing the low bits of NaNs that start 0x7FFF, as NVIDIA's
-    # arithmetic makes them, takes one integer minimum; a comparison and a selection would take two and unpack pairs.
-    bits = tl.minimum(bits, 0x7FFF0000).to(tl.uint32, bitcast=True)
-    if not CANONICAL_NAN:
-        bits = tl.minimum(bits, 0xFFFF0000)  # negative ones, which keep their payload elsewhere
-    if DTYPE == tl.bfloat16:
-        return ((bits + (field >> 16)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return ((bits + (field >> 19)) & 0xFFFFE000).to(tl.float32, bitcast=True).to(DTYPE)
+    if DITHER:
+        field = tl.mul(row_hashes[:, None], column_hashes[None, :], sanitize_overflow=False).to(tl.uint32, bitcast=True)
+        bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+        # The addition must not carry a NaN over into a number. Clearing the low bits of NaNs that start 0x7FFF, as
+        # NVIDIA makes them, takes one integer minimum; a comparison and a selection took two and unpacked pairs.
+        bits = tl.minimum(bits, 0x7FFF0000).to(tl.uint32, bitcast=True)
+        if not CANONICAL_NAN:
+            bits = tl.minimum(bits, 0xFFFF0000)  # negative ones, which keep their payload elsewhere
+        if DTYPE == tl.bfloat16:
+            rounded = ((bits + (field >> 16)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            rounded = ((bits + (field >> 19)) & 0xFFFFE000).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        rounded = narrow(values, DTYPE, INTERPRETED)
+    return rounded
 
 
 @triton.jit
