@@ -23,7 +23,7 @@ ROUNDING = "dither"
 WEIGHT_STD = 0.02
 FACTOR_STD = 0.02
 SCALE = 2.0
-KERNELS = tuple(entry.name for entry in dataclasses.fields(Shapes) if entry.name != "fused_up_to")
+KERNELS = tuple(entry.name for entry in dataclasses.fields(Shapes) if not entry.name.startswith("fused_"))
 PRODUCTS = ("forward", "input_gradient")
 WEIGHT_READERS = ("effective_weight", *PRODUCTS)
 TOKEN_READERS = (*PRODUCTS, "token_product")
@@ -42,8 +42,8 @@ class Operands:
     gradients: FactorGradients
 
 
-def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.device) -> Operands:
-    """Random operands of `kernel`; those that it does not use are empty."""
+def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.device, rank: int = RANK) -> Operands:
+    """Random operands of `kernel`, r1 = r2 = `rank`; those that it does not use are empty."""
 
     def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=dtype).mul_(std)
@@ -52,7 +52,7 @@ def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.de
         return draw(*shape, std=FACTOR_STD, dtype=torch.float32)
 
     factors = Factors(
-        factor(RANK, columns), factor(rows, RANK), factor(RANK, columns), factor(rows, RANK),
+        factor(rank, columns), factor(rows, rank), factor(rank, columns), factor(rows, rank),
         torch.tensor(SCALE, device=device),
     )  # fmt: skip
     used_tokens = tokens if kernel in TOKEN_READERS else 0

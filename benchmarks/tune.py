@@ -136,7 +136,9 @@ class Tuner:
             return None
         trusted = measured[0].shape  # the one in use, unless the chip cannot run it
         for found in sorted(measured, key=lambda each: each.score(measured[0])):
-            reason = self._disagreement(slot, found.shape, trusted)
+            reason = self._disagreement(slot, found.shape, trusted) or self._failure_at_the_largest_rank(
+                slot, found.shape
+            )
             if reason is not None:
                 self._left_out(slot, found.shape, reason)
                 continue
@@ -190,6 +192,17 @@ class Tuner:
             error = float((own.double() - expected.double()).norm() / expected.double().norm())
             if not error <= tolerance:
                 return f"results differ by {error:.1e}, expected at most {tolerance:.1e}"
+        return None
+
+    def _failure_at_the_largest_rank(self, slot: Slot, shape: Shape) -> str | None:
+        """Why `shape` does not run at the largest rank that the family fuses; None if it does."""
+        rank = self.shapes.fused_rank
+        given = operands(slot.kernel, *self.plan.layers[0], slot.tokens, self.device, rank)
+        try:
+            with shape_in_use(self.chip.family, slot.kernel, shape):
+                call(slot.kernel, given)()
+        except FAILURES as error:
+            return f"at rank {rank}: {type(error).__name__}: {last_line(error)}"
         return None
 
     def _differing_weights(
@@ -275,7 +288,7 @@ def write_table(path: Path, family: str, shapes: Shapes) -> None:
         if isinstance(value, tuple):
             entry[field.name] = [table_entry(shape) for shape in value]
         else:
-            entry[field.name] = dict(value) if isinstance(value, dict) else table_entry(value)
+            entry[field.name] = value if field.name.startswith("fused_") else table_entry(value)
     document[family] = entry
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
