@@ -122,7 +122,7 @@ def adopt(family: str, kernel: str, shapes: Sequence[PanelShape | ProductShape])
 def shape_in_use(family: str, kernel: str, shape: PanelShape | ProductShape) -> Iterator[None]:
     """Within it, `kernel` runs with `shape` on chips of `family`, for any number of tokens."""
     before = TABLE[family]
-    adopt(family, kernel, [shape])
+    adopt(family, kernel, [dataclasses.replace(shape, up_to=None) if isinstance(shape, ProductShape) else shape])
     try:
         yield
     finally:
