@@ -66,7 +66,10 @@ def _runs_here(item: pytest.Item) -> bool:
     case = parameters.get("backend")
     if IS_INTERPRETED and not ((case and case.name == "triton") or item.get_closest_marker("interpreter")):
         return False
-    return case is None or case.runs_on(parameters.get("device", "cpu"))
+    device = parameters.get("device", "cpu")
+    if item.get_closest_marker("interpreter") and not IS_INTERPRETED and "device" in parameters and device == "cpu":
+        return False
+    return case is None or case.runs_on(device)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -34,7 +34,7 @@ def _run(problem: Problem, **options: object) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
-@given(m=st.integers(0, 20), n=sizes, k=sizes, r1=st.integers(1, 20), r2=st.integers(1, 20), seed=st.integers(0, 1000))
+@given(m=st.integers(0, 20), n=sizes, k=sizes, r1=st.integers(1, 16), r2=st.integers(1, 16), seed=st.integers(0, 1000))
 def test_gradients_against_autograd_in_fp64(
     device: torch.device, backend: str, ste: str, m: int, n: int, k: int, r1: int, r2: int, seed: int
 ) -> None:

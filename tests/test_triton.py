@@ -10,7 +10,6 @@ import torch
 from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy, strategy
 from dual_lora_kernels.backends import FactorGradients, resolve_backend
 
-from .conftest import IS_INTERPRETED
 from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
 
 pytest.importorskip("triton")
@@ -27,8 +26,6 @@ LOW = [torch.bfloat16, torch.float16]
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU in the interpreter, or the GPU."""
-    if request.param == "cpu" and not IS_INTERPRETED:
-        pytest.skip("on a CPU these run with TRITON_INTERPRET=1")
     return torch.device(request.param)
 
 
