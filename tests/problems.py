@@ -10,6 +10,9 @@ import torch
 from dual_lora_kernels import reference
 from dual_lora_kernels.backends import Factors
 
+FUSED_RANK = 16
+"""A rank that fused kernels serve on every chip and for every dtype."""
+
 
 @dataclass(frozen=True)
 class Problem:
