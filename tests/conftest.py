@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,6 +18,10 @@ from dual_lora_kernels import available_backends, set_strategy, set_workspace_by
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
+
+TRITON_ONLY = ("ahead_of_time", "architecture", "gpu_session", "static_report", "triton")
+collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in TRITON_ONLY]
+"""Tests of the Triton backend and its tools import triton; they are left out where it is not installed."""
 
 if IS_INTERPRETED:
     from .interpreter import speed_up

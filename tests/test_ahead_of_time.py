@@ -11,8 +11,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from benchmarks.ahead_of_time import compile_launch
 from benchmarks.static_report import SHARED_LIMIT_KIB
 from dual_lora_kernels.backends import FactorGradients, Factors

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from benchmarks import candidates, gpu_session, layer_cells, numerical_suite, rooflines, session_summary, timing, tune
 from benchmarks.budget import Deadline, Guard, Stopped, part_seconds
 from benchmarks.kernel_calls import KERNELS, Operands

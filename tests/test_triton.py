@@ -9,15 +9,12 @@ import torch
 
 from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy, strategy
 from dual_lora_kernels.backends import FactorGradients, resolve_backend
-
-from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
-
-pytest.importorskip("triton")
-
 from dual_lora_kernels.backends.triton import execute, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
 from dual_lora_kernels.backends.triton.choice import is_fused_faster
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
+
+from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
 
 pytestmark = pytest.mark.interpreter
 LOW = [torch.bfloat16, torch.float16]
