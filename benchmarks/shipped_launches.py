@@ -11,7 +11,7 @@ from dual_lora_kernels.backends import FactorGradients, Factors
 from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture
 from dual_lora_kernels.backends.triton.launches import Launch
-from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
+from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
 from dual_lora_kernels.reference import accumulation_dtype
 
 from .environment import DTYPE_NAMES
@@ -23,7 +23,7 @@ TOKENS = 4096
 """For shapes without a bound on their tokens."""
 RANK = 16
 """r1 and r2, the layer's default."""
-LARGEST_RANK = 32
+LARGEST_RANK = BLOCK_RANKS[-1]
 """The largest rank of a fused kernel and of a slice; compiled with fp32 factors, the larger ones."""
 WIDE_FAMILIES = {"any_32bit": torch.float32, "any_64bit": torch.float64}
 """Families for fp32 and fp64 computation."""

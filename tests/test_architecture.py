@@ -1,7 +1,8 @@
-"""Which devices the Triton backend knows, by which family's shapes it runs there, and its reasons where it does not."""
+"""Which chips the Triton backend knows, the tile shapes of their families, and its reasons where it does not run."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dual_lora_kernels import available_backends
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import Architecture, _gpu_architecture
+from dual_lora_kernels.backends.triton.shapes import TABLE
 
 
 def _resolve(device: str) -> None:
@@ -48,3 +50,10 @@ def test_chips_use_their_familys_shapes(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
     monkeypatch.setattr(torch.version, "hip", rocm)
     assert _gpu_architecture.__wrapped__(0) == Architecture(family, 80)
+
+
+@pytest.mark.parametrize("rank", [0, 8, 24, 64])
+def test_a_table_with_a_fused_rank_that_is_no_block_is_refused(rank: int) -> None:
+    """`token_product` takes its ranks as one block: beyond the largest it would leave some out, unnoticed."""
+    with pytest.raises(ValueError, match=f"^fused_rank: got {rank}, expected 16 or 32"):
+        dataclasses.replace(TABLE["sm_90"], fused_rank=rank)

@@ -19,7 +19,7 @@ from ..base import FactorGradients, Factors
 from .architecture import Architecture, is_interpreted
 from .fused_kernels import token_product_kernel, weight_product_kernel
 from .panel_kernels import effective_weight_kernel, factor_gradients_kernel
-from .shapes import PanelShape, ProductShape
+from .shapes import BLOCK_RANKS, PanelShape, ProductShape
 
 _TL_DTYPES = {
     torch.float32: tl.float32,
@@ -27,8 +27,6 @@ _TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-MAX_BLOCK_RANK = 32
-"""Ranks beyond this are taken in slices: a tile's factors and their gradients must fit beside it."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class RankBlock(NamedTuple):
 
 
 def rank_block(rank: int) -> RankBlock:
-    """Matrix units want 16 and powers of two; other ranks are padded by masked loads."""
-    block = min(MAX_BLOCK_RANK, max(16, 1 << (rank - 1).bit_length()))
+    """The least block that holds the rank, or slices of the largest; other ranks are padded by masked loads."""
+    block = next((block for block in BLOCK_RANKS if rank <= block), BLOCK_RANKS[-1])
     slices = ceil_div(rank, block)
     return RankBlock(block, slices, slices * block != rank)
 

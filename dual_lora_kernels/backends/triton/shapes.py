@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PATH = Path(__file__).parent / "tile_shapes.json"
+BLOCK_RANKS = (16, 32)
+"""Ranks that kernels take at once: matrix units want 16 and powers of two, and factors must fit beside a tile."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class ProductShape:
 class Shapes:
     """One family's entries.
 
-    `fused_up_to`: the largest number of tokens for which a pass runs fused. `fused_rank`: the largest rank, 16 or 32,
-    for which all of them compile without a spill and within shared memory.
+    `fused_up_to`: the largest number of tokens for which a pass runs fused. `fused_rank`: the largest rank, one of
+    `BLOCK_RANKS`, for which all of them compile without a spill and within shared memory.
     """
 
     effective_weight: PanelShape
@@ -63,6 +65,8 @@ class Shapes:
             bounds = [shape.up_to for shape in getattr(self, operation)]
             if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
                 raise ValueError(f"{operation}: got up_to {bounds}, expected them to rise and the last to be None")
+        if self.fused_rank not in BLOCK_RANKS:
+            raise ValueError(f"fused_rank: got {self.fused_rank}, expected {' or '.join(map(str, BLOCK_RANKS))}")
 
     def weight_product(self, operation: str, tokens: int) -> ProductShape:
         """The first shape of ``"forward"`` or ``"input_gradient"`` that is meant for so many tokens."""
