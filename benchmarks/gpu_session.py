@@ -32,12 +32,12 @@ from dual_lora_kernels.backends.triton.architecture import architecture
 from . import layer_cells, numerical_suite, report, rooflines, session_summary
 from .budget import Deadline, Guard, Stopped, part_seconds
 from .environment import environment
-from .kernel_calls import RANK
 from .layer_step import step
 from .memory import peak_temporary_bytes
 from .methods import build, frozen_linear
 from .numerical_suite import without_paths
 from .rooflines import Ceilings
+from .shipped_launches import RANK
 
 STEM = "summary"
 _SUMMARY_SECONDS = 15.0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from .device_time import seconds_per_call
-from .kernel_calls import PRODUCTS, RANK, call, rotated
+from .kernel_calls import PRODUCTS, call, rotated
+from .shipped_launches import RANK
 
 BF16, FP32 = 2, 4
 """Bytes."""

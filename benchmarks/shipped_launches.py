@@ -22,7 +22,7 @@ FEATURES = 4096
 TOKENS = 4096
 """For shapes without a bound on their tokens."""
 RANK = 16
-"""r1 and r2, the layer's default."""
+"""r1 and r2 where kernels are compiled and timed: the layer's default."""
 LARGEST_RANK = BLOCK_RANKS[-1]
 """The largest rank of a fused kernel and of a slice; compiled with fp32 factors, the larger ones."""
 WIDE_FAMILIES = {"any_32bit": torch.float32, "any_64bit": torch.float64}
