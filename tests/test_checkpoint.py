@@ -27,7 +27,7 @@ from dual_lora_kernels import (
 from dual_lora_kernels.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from dual_lora_kernels.linear import FACTOR_NAMES
 
-from .test_model import configuration, gpt2, llama, logits
+from .models import configuration, gpt2, llama, logits
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
