@@ -31,12 +31,13 @@ def _fused(operation: str, input: torch.Tensor, factors: Factors, backend: Backe
     """The backend's fused passes if this one is to use them."""
     if _strategy == "panels":
         return None
-    if backend.fused is None:
+    fused = backend.fused
+    if fused is None:
         reason: str | None = "it has no fused kernels"
     else:
-        reason = backend.fused.serves(operation, input, factors, panels.workspace_bytes())
-        if reason is None and (_strategy == "fused" or backend.fused.preferred(operation, input)):
-            return backend.fused
+        reason = fused.serves(operation, input, factors, panels.workspace_bytes())
+        if reason is None and (_strategy == "fused" or fused.preferred(operation, input)):
+            return fused
     if _strategy == "fused":
         raise ValueError(f"strategy: got 'fused', which backend {backend.name!r} does not serve here: {reason}")
     return None

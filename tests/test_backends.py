@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,18 @@ def test_without_triton_the_backend_is_not_available_and_says_what_to_install(mo
     assert _resolve("auto") == "eager"
     with pytest.raises(ValueError, match="pip install triton"):
         _resolve("triton")
+
+
+def test_the_package_works_where_triton_cannot_be_imported() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+from dual_lora_kernels import DualLoraLinear, available_backends
+import torch
+DualLoraLinear(4, 4)(torch.ones(1, 4)).sum().backward()
+assert available_backends() == ["eager"]
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=True, timeout=120)
 
 
 def test_an_unknown_strategy_is_named() -> None:

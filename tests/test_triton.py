@@ -11,7 +11,7 @@ from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set
 from dual_lora_kernels.backends import FactorGradients, resolve_backend
 from dual_lora_kernels.backends.triton import execute, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
-from dual_lora_kernels.backends.triton.choice import is_fused_faster
+from dual_lora_kernels.backends.triton.choice import preferred
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
 
 from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
@@ -268,7 +268,8 @@ def test_few_tokens_run_fused_and_many_over_panels(device: torch.device) -> None
     """The choice has one turning point for each pass and dtype."""
     for operation in ("forward", "input_gradient", "token_product"):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            chosen = [is_fused_faster(operation, 2**power, dtype, device) for power in range(20)]
+            inputs = [torch.empty(2**power, 0, dtype=dtype, device=device) for power in range(20)]
+            chosen = [preferred(operation, input) for input in inputs]
             assert chosen[0]
             assert not chosen[-1]
             assert chosen == sorted(chosen, reverse=True)

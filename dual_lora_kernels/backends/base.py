@@ -99,13 +99,13 @@ class FusedPasses(Protocol):
 
 
 class Backend(Protocol):
-    """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept.
-
-    `fused` holds whole passes as single kernels, or None where every pass runs over panels.
-    """
+    """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept."""
 
     name: str
-    fused: FusedPasses | None
+
+    @property
+    def fused(self) -> FusedPasses | None:
+        """Whole passes as single kernels, or None where every pass runs over panels."""
 
     def unavailable(self) -> str | None:
         """None if this installation has the backend, else what is missing."""

@@ -10,7 +10,6 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ...reference import accumulation_dtype
 from ..base import FactorGradients, Factors, FusedPasses
 
 LEAST_TRITON = (3, 6)
@@ -21,8 +20,11 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self) -> None:
-        self.fused: FusedPasses | None = TritonFused()
+    @property
+    def fused(self) -> FusedPasses:
+        from . import fused
+
+        return fused
 
     def unavailable(self) -> str | None:
         return _import_failure()
@@ -68,55 +70,6 @@ class TritonBackend:
 
         budget = self.temporaries(workspace)
         execute.factor_gradients(h, factors, ste, clip_bound, gradients, compute_dtype, budget)
-
-
-class TritonFused:
-    """The passes as one kernel each."""
-
-    def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
-        from .execute import fused_rank_limit, least_token_product_bytes
-
-        ranks = (factors.A.shape[0], factors.C.shape[0])
-        if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
-            return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
-        if max(ranks) > (limit := fused_rank_limit(input)):
-            return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
-        if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
-            return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
-        return None
-
-    def preferred(self, operation: str, input: torch.Tensor) -> bool:
-        from .choice import is_fused_faster
-
-        return is_fused_faster(operation, input.shape[0], input.dtype, input.device)
-
-    def weight_product(
-        self,
-        operation: str,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        factors: Factors,
-        bias: torch.Tensor | None,
-        rounding: str,
-        workspace: int,
-    ) -> torch.Tensor:
-        from . import execute
-
-        return execute.weight_product(operation, input, weight, factors, bias, rounding, workspace)
-
-    def token_product(
-        self,
-        grad: torch.Tensor,
-        input: torch.Tensor,
-        factors: Factors,
-        ste: str,
-        clip_bound: float,
-        gradients: FactorGradients,
-        workspace: int,
-    ) -> None:
-        from . import execute
-
-        execute.token_product(grad, input, factors, ste, clip_bound, gradients, workspace)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Fused or panels: which way a pass runs faster.
+"""Fused or panels: which way a pass can run, and which way it runs faster.
 
 Fused reads W0 once and writes nothing but its result, but rebuilds W for every block of tokens. Panels rebuild W once
 and run the product at the vendor's speed, for one more write and read of W. So the number of tokens decides, against
@@ -14,11 +14,26 @@ from __future__ import annotations
 
 import torch
 
+from ...reference import accumulation_dtype
+from ..base import Factors
 from .architecture import Architecture, architecture
+from .execute import fused_rank_limit, least_token_product_bytes
 
 
-def is_fused_faster(operation: str, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``"forward"``, ``"input_gradient"`` or ``"token_product"`` on so many tokens runs as one kernel."""
-    chip = architecture(device)
+def serves(operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
+    """See `FusedPasses.serves`."""
+    ranks = (factors.A.shape[0], factors.C.shape[0])
+    if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
+        return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
+    if max(ranks) > (limit := fused_rank_limit(input)):
+        return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
+    if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
+        return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
+    return None
+
+
+def preferred(operation: str, input: torch.Tensor) -> bool:
+    """See `FusedPasses.preferred`."""
+    chip = architecture(input.device)
     assert isinstance(chip, Architecture), chip
-    return tokens <= chip.shapes(dtype.itemsize).fused_up_to[operation]
+    return input.shape[0] <= chip.shapes(input.itemsize).fused_up_to[operation]

@@ -101,14 +101,14 @@ def token_product(
     ste: str,
     clip_bound: float,
     gradients: FactorGradients,
-    budget: int,
+    workspace: int,
 ) -> None:
-    """The factors' gradients from G and X, H never leaving registers; `budget` as in `factor_gradients`."""
+    """The factors' gradients from G and X, H never leaving registers; partial sums as in `factor_gradients`."""
     chip = _architecture(input.device)
     shape = chip.shapes(input.itemsize).token_product
     extent = (grad.shape[1], input.shape[1])
     wide = accumulation_dtype(torch.promote_types(input.dtype, factors.A.dtype))
-    for start, stop in _row_groups(extent, factors, wide.itemsize, shape.first, shape.second, budget):
+    for start, stop in _row_groups(extent, factors, wide.itemsize, shape.first, shape.second, workspace):
         part = factors.rows(start, stop)
         like = input.new_empty(0, dtype=wide)
         up, down = _partials(like, (stop - start, extent[1]), part, shape.first, shape.second)
