@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .panel_kernels import contribute, store_up
-from .tiles import dot, effective_tile, factor_product, load_factor, narrow
+from .tiles import dot, effective_tile, factor_products, load_factor, narrow
 
 
 @triton.jit
@@ -121,15 +121,12 @@ def token_product_kernel(
         h = dot(g, x, h, PRODUCT_PRECISION, INTERPRETED)
     if MASK_ROWS or MASK_COLUMNS:  # an infinity times a line that was not there is a NaN, which would spread
         h = tl.where((row < rows)[:, None] & (column < columns)[None, :], h, 0.0)
-    p = factor_product(
-        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-        ACCUMULATOR, SPLIT, INTERPRETED,
-    )
-    q = factor_product(
-        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-        ACCUMULATOR, SPLIT, INTERPRETED,
+    p, q = factor_products(
+        A, B, C, D, row, column, rows, columns, r1, r2,
+        A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+        C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
+        MASK_ROWS, MASK_COLUMNS, ACCUMULATOR, SPLIT, INTERPRETED,
     )
     gradient_B = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)
     gradient_D = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=PRODUCT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, effective_tile, factor_product, load_factor, product_gradient_tiles
+from .tiles import dot, effective_tile, factor_products, load_factor, product_gradient_tiles
 
 
 @triton.jit(do_not_specialize=["row0", "column0"])
@@ -50,6 +50,31 @@ def effective_weight_kernel(
 
 
 @triton.jit
+def contribute_product(
+    grad, up_pointer, down_pointer, row, column, rows, columns, rank, ranks, lines,
+    row_stride, up_rank_stride, down_rank_stride, column_stride, gradient_up, down_partials,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):
+    """One tile's part of the gradients of up @ down, for the ranks of one slice, from the product's gradient `grad`.
+
+    grad downᵀ is added to the accumulator `gradient_up` [rows, ranks], which is returned; upᵀ grad is stored to `lines`
+    of `down_partials`.
+    """
+    down = load_factor(
+        down_pointer, ranks, column, rank, columns, down_rank_stride, column_stride, True, MASK_COLUMNS
+    )
+    up = load_factor(up_pointer, row, ranks, rows, rank, row_stride, up_rank_stride, MASK_ROWS, True)
+    gradient_up = dot(grad, tl.trans(down).to(grad.dtype), gradient_up, PRECISION, INTERPRETED)
+    part = tl.zeros(down.shape, dtype=grad.dtype)
+    part = dot(tl.trans(up).to(grad.dtype), grad, part, PRECISION, INTERPRETED)
+    tl.store(
+        down_partials + lines[:, None] * columns + column[None, :], part,
+        mask=(ranks < rank)[:, None] & (column < columns)[None, :],
+    )
+    return gradient_up
+
+
+@triton.jit
 def contribute(
     h, p, q, scale,
     A, B, C, D, row, column, rows, columns, r1, r2, ranks,
@@ -67,24 +92,16 @@ def contribute(
     """
     grad_p, grad_q = product_gradient_tiles(h, p, q, scale, STE, CLIP_BOUND)
     if WANT_MAGNITUDE:
-        down = load_factor(A, ranks, column, r1, columns, A_rank_stride, A_column_stride, True, MASK_COLUMNS)
-        up = load_factor(B, row, ranks, rows, r1, B_row_stride, B_rank_stride, MASK_ROWS, True)
-        gradient_B = dot(grad_p, tl.trans(down).to(grad_p.dtype), gradient_B, PRECISION, INTERPRETED)
-        part = tl.zeros(down.shape, dtype=grad_p.dtype)
-        part = dot(tl.trans(up).to(grad_p.dtype), grad_p, part, PRECISION, INTERPRETED)
-        tl.store(
-            down_partials + ranks[:, None] * columns + column[None, :], part,
-            mask=(ranks < r1)[:, None] & (column < columns)[None, :],
+        gradient_B = contribute_product(
+            grad_p, B, A, row, column, rows, columns, r1, ranks, ranks,
+            B_row_stride, B_rank_stride, A_rank_stride, A_column_stride, gradient_B, down_partials,
+            MASK_ROWS, MASK_COLUMNS, PRECISION, INTERPRETED,
         )
     if WANT_DIRECTION:
-        down = load_factor(C, ranks, column, r2, columns, C_rank_stride, C_column_stride, True, MASK_COLUMNS)
-        up = load_factor(D, row, ranks, rows, r2, D_row_stride, D_rank_stride, MASK_ROWS, True)
-        gradient_D = dot(grad_q, tl.trans(down).to(grad_q.dtype), gradient_D, PRECISION, INTERPRETED)
-        part = tl.zeros(down.shape, dtype=grad_q.dtype)
-        part = dot(tl.trans(up).to(grad_q.dtype), grad_q, part, PRECISION, INTERPRETED)
-        tl.store(
-            down_partials + (r1 + ranks)[:, None] * columns + column[None, :], part,
-            mask=(ranks < r2)[:, None] & (column < columns)[None, :],
+        gradient_D = contribute_product(
+            grad_q, D, C, row, column, rows, columns, r2, ranks, r1 + ranks,
+            D_row_stride, D_rank_stride, C_rank_stride, C_column_stride, gradient_D, down_partials,
+            MASK_ROWS, MASK_COLUMNS, PRECISION, INTERPRETED,
         )
     return gradient_B, gradient_D
 
@@ -135,15 +152,12 @@ def factor_gradients_kernel(
         column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         if WIDE:
             column = column.to(tl.int64)
-        p = factor_product(
-            B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
-            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-            ACCUMULATOR, SPLIT, INTERPRETED,
-        )
-        q = factor_product(
-            D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
-            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-            ACCUMULATOR, SPLIT, INTERPRETED,
+        p, q = factor_products(
+            A, B, C, D, row, column, rows, columns, r1, r2,
+            A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+            C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
+            MASK_ROWS, MASK_COLUMNS, ACCUMULATOR, SPLIT, INTERPRETED,
         )
         h_tile = load_factor(h, row, column, rows, columns, h_row_stride, 1, MASK_ROWS, MASK_COLUMNS)
         gradient_B, gradient_D = contribute(

@@ -79,6 +79,31 @@ def factor_product(
 
 
 @triton.jit
+def factor_products(
+    A, B, C, D, row, column, rows, columns, r1, r2,
+    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
+    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """(P, Q) on the tile at `row` × `column`."""
+    p = factor_product(
+        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
+        ACCUMULATOR, SPLIT, INTERPRETED,
+    )  # fmt: skip
+    q = factor_product(
+        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
+        ACCUMULATOR, SPLIT, INTERPRETED,
+    )  # fmt: skip
+    return p, q
+
+
+@triton.jit
 def weight_tile(base, p, q, scale, HAS_WEIGHT: tl.constexpr):
     """W0 + ΔW before rounding, ΔW = s · max(P, 0) ⊙ sgn(Q); ΔW alone without W0. A NaN in P stays one.
 
@@ -143,15 +168,12 @@ def effective_tile(
 
     `scale` is a value of dtype ``COMPUTE``. The hash vectors are longer than any tile reaches.
     """
-    p = factor_product(
-        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-        ACCUMULATOR, SPLIT, INTERPRETED,
-    )  # fmt: skip
-    q = factor_product(
-        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-        ACCUMULATOR, SPLIT, INTERPRETED,
+    p, q = factor_products(
+        A, B, C, D, row, column, rows, columns, r1, r2,
+        A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
+        C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
+        MASK_ROWS, MASK_COLUMNS, ACCUMULATOR, SPLIT, INTERPRETED,
     )  # fmt: skip
     base = p
     if HAS_WEIGHT:
