@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, static_report
+from benchmarks import origins, report, static_report
 from benchmarks.disassembly import (
     CLASSES,
     Resources,
@@ -25,7 +25,7 @@ from benchmarks.disassembly import (
 )
 from benchmarks.shipped_launches import FAMILIES, KERNELS, Case, dtype_name, shipped_cases
 from benchmarks.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
-from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
+from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, load
 
 SASS = """
 		Function : weight_product_kernel
@@ -275,6 +275,36 @@ def test_the_committed_report_is_of_the_shipped_shapes() -> None:
         for case in shipped_cases()
     }
     assert reported == shipped
+
+
+def test_the_tables_origins_have_the_committed_reports_counts() -> None:
+    """Whoever runs the report again runs `benchmarks.origins` too."""
+    document = json.loads((report.RESULTS / "static_report.json").read_text(encoding="utf-8"))
+    assert origins.renewed(document) == TABLE
+
+
+def test_an_origin_says_what_the_report_counted() -> None:
+    row = {"spills": 0, "rank": 16, "issue_slots_per_element": None, "issue_per_tensor_cycle": None}
+    fp32, bf16 = {**row, "factors": "fp32"}, {**row, "factors": "bf16"}
+    wide = {**fp32, "rank": 32}
+    assert origins.origin([fp32, bf16], "3.9") == "static count, triton 3.9: no spill"
+    assert origins.origin([fp32, bf16, wide | {"spills": 2}], "3.9") == "static count, triton 3.9: 2 spills"
+    counts = [each | {"issue_slots_per_element": count} for each, count in ((fp32, 20.04), (wide, 99.0), (bf16, 17.06))]
+    expected = "static count, triton 3.9: no spill, 20.0 / 17.1 lane-instructions per element of W"
+    assert origins.origin(counts, "3.9") == f"{expected} with fp32 / bf16 factors"
+    ratios = [each | {"issue_per_tensor_cycle": 0.814} for each in counts]
+    assert origins.origin(ratios, "3.9") == f"{expected}, 0.81 / 0.81 issue per tensor cycle with fp32 / bf16 factors"
+
+
+def test_renewed_origins_are_those_of_static_counts_alone(tmp_path: Path) -> None:
+    document = json.loads((report.RESULTS / "static_report.json").read_text(encoding="utf-8"))
+    shapes = TABLE["sm_90"]
+    outdated = dataclasses.replace(shapes.token_product, source="static count, triton 3.5: 7 spills")
+    measured = dataclasses.replace(shapes.effective_weight, source="measured: NVIDIA H100")
+    table = TABLE | {"sm_90": dataclasses.replace(shapes, token_product=outdated, effective_weight=measured)}
+    assert origins.renewed(document, table) == TABLE | {"sm_90": dataclasses.replace(shapes, effective_weight=measured)}
+    origins.main(tmp_path / "table.json")
+    assert load(tmp_path / "table.json") == TABLE
 
 
 def test_a_kernel_compiles_for_an_h100_and_its_tensor_cycles_match_its_instructions() -> None:
