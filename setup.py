@@ -1,5 +1,134 @@
-"""Builds the package. The metadata is in pyproject.toml; this file is where an optional native extension plugs in."""
+"""Builds the package: the native CPU backend from csrc/, where possible. The metadata is in pyproject.toml.
 
-from setuptools import setup
+Without a C++17 compiler or without PyTorch's headers the package installs and works all the same, on the eager backend;
+a line says so, and `dual-lora doctor` repeats the reason from _native_build.json. Environment variables:
 
-setup()
+DUAL_LORA_NATIVE    ``auto`` (default), ``require`` (fail where it cannot be compiled) or ``skip``
+DUAL_LORA_SANITIZE  a list for the compiler's -fsanitize=, such as ``address,undefined`` (`make sanitize`)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+PACKAGE = "dual_lora_kernels"
+LEAST_TORCH = 0x020B000000000000
+"""The stable ABI's version that the binary asks for: 2.11."""
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
+"""No contraction: W = W0 + ΔW is a separate addition, in the reference's bits."""
+KERNELS = {
+    "x86_64": {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"], "portable": []},
+    "arm64": {"neon": [], "portable": []},
+    "other": {"portable": []},
+}
+"""Architecture → the instruction sets to compile kernels for, with their flags."""
+MACROS = {"x86_64": ["-DDUAL_LORA_X86"], "arm64": ["-DDUAL_LORA_NEON"], "other": []}
+
+
+class Unbuildable(Exception):
+    """Why the native backend is not compiled, in words for the user."""
+
+
+def architecture() -> str:
+    """A key of `KERNELS`."""
+    names = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "arm64", "arm64": "arm64"}
+    return names.get(platform.machine().lower(), "other")
+
+
+def torch_folder() -> Path:
+    """PyTorch's installation: this interpreter's, or (in an isolated build) that of the environment built for.
+
+    The stable ABI needs its headers and a library to link, not an import.
+    """
+    spec = importlib.util.find_spec("torch")
+    found = [Path(spec.origin).parent] if spec and spec.origin else []
+    found += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    for folder in found:
+        if (folder / "include/torch/csrc/stable/library.h").exists():
+            return folder
+    raise Unbuildable("PyTorch was not there when the package was installed")
+
+
+class BuildNative(build_ext):
+    """Compiles each instruction set's kernels with flags of their own, and records how it went."""
+
+    def run(self) -> None:
+        mode = os.environ.get("DUAL_LORA_NATIVE", "auto")
+        if mode not in ("auto", "require", "skip"):
+            raise SystemExit(f"DUAL_LORA_NATIVE: got {mode!r}, expected 'auto', 'require' or 'skip'")
+        try:
+            if mode == "skip":
+                raise Unbuildable("DUAL_LORA_NATIVE=skip was set when the package was installed")
+            if sys.platform == "win32":
+                raise Unbuildable("csrc/ is written for GCC and Clang")
+            super().run()
+            self.record(None)
+        except (Unbuildable, CCompilerError, ExecError, PlatformError, OSError) as error:
+            reason = str(error) if isinstance(error, Unbuildable) else f"compiling csrc/ failed: {error}"
+            if mode == "require":
+                raise SystemExit(f"DUAL_LORA_NATIVE=require: {reason}") from error
+            print(f"{PACKAGE}: the native CPU backend is left out, CPUs will run 'eager': {reason}", file=sys.stderr)
+            self.record(reason)
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_folder()
+        sanitizers = os.environ.get("DUAL_LORA_SANITIZE")
+        checks = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"] if sanitizers else []
+        stable = [f"-DTORCH_TARGET_VERSION={LEAST_TORCH:#x}", "-isystem", str(torch / "include")]
+        common = [*FLAGS, *MACROS[architecture()], *checks]
+        jobs = {f"csrc/{name}.cpp": flags for name, flags in KERNELS[architecture()].items()}
+        jobs |= {"csrc/capability.cpp": [], "csrc/operators.cpp": stable}
+
+        def compile_one(job: tuple[str, list[str]]) -> str:
+            source, flags = job
+            objects: list[str] = self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags], depends=ext.depends
+            )
+            return objects[0]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs.items()))
+        link = [f"-fsanitize={sanitizers}"] if sanitizers else []
+        if sys.platform == "darwin":
+            link += ["-undefined", "dynamic_lookup"]  # PyTorch is in the process before this library is
+        else:
+            link += [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++", build_temp=self.build_temp
+        )
+
+    def record(self, reason: str | None) -> None:
+        """Write how the build went beside the package's modules, for `backends/native.py` to read."""
+        library = Path(self.get_ext_fullpath(f"{PACKAGE}._native"))
+        if reason is not None:
+            library.unlink(missing_ok=True)  # one of an earlier build would not fit the sources
+        library.parent.mkdir(parents=True, exist_ok=True)
+        about = {"missing": reason} if reason else {"kernels": list(KERNELS[architecture()])}
+        (library.parent / "_native_build.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+
+setup(
+    # No Python in it: the "limited API" is kept by every Python, which setuptools then says in the names.
+    ext_modules=[
+        Extension(
+            f"{PACKAGE}._native",
+            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            language="c++",
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -59,23 +59,17 @@ class DualLoraFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         input, weight, A, B, C, D, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        factors = (A, B, C, D, scale)
-        grad_input = grad_bias = None
-        grads: list[torch.Tensor | None] = [None] * 5
-        if needs[0]:
-            grad_input = _ops.input_gradient(grad, weight, *factors, ctx.rounding, ctx.backend)
-        wanted = [*needs[2:6], needs[1]]
+        options = (ctx.ste, ctx.clip_bound, ctx.rounding)
+        grads: list[torch.Tensor | None] = [None] * 6
+        wanted = [needs[0], *needs[2:6], needs[1]]
         if any(wanted):
-            weight_dtype = grad.dtype if weight is None else weight.dtype
+            dtype = grad.dtype if weight is None else weight.dtype
             computed = iter(
-                _ops.parameter_gradients(
-                    grad, input, *factors, ctx.ste, ctx.clip_bound, wanted, weight_dtype, ctx.backend
-                )
+                _ops.gradients(grad, input, weight, A, B, C, D, scale, *options, wanted, dtype, ctx.backend)
             )
             grads = [next(computed) if want else None for want in wanted]
-        if needs[6]:
-            grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        grad_A, grad_B, grad_C, grad_D, grad_weight = grads
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs[6] else None
+        grad_input, grad_A, grad_B, grad_C, grad_D, grad_weight = grads
         return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None, None, None
 
 

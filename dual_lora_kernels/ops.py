@@ -23,10 +23,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 _FACTORS = "Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale"
 _library.define(f"linear(Tensor input, Tensor? weight, {_FACTORS}, Tensor? bias, str rounding, str backend) -> Tensor")
-_library.define(f"input_gradient(Tensor grad, Tensor? weight, {_FACTORS}, str rounding, str backend) -> Tensor")
 _library.define(
-    f"parameter_gradients(Tensor grad, Tensor input, {_FACTORS}, str ste, float clip_bound, bool[] wanted, "
-    "ScalarType weight_dtype, str backend) -> Tensor[]"
+    f"gradients(Tensor grad, Tensor? input, Tensor? weight, {_FACTORS}, str ste, float clip_bound, str rounding, "
+    "bool[] wanted, ScalarType weight_dtype, str backend) -> Tensor[]"
 )
 _library.define(f"merge_(Tensor(a!) weight, {_FACTORS}, str rounding, str backend) -> ()")
 
@@ -90,32 +89,11 @@ def _(
     return input.new_empty(input.shape[0], B.shape[0])
 
 
-@_kernel("input_gradient")
-def input_gradient_kernel(
+@_kernel("gradients")
+def gradients_kernel(
     grad: torch.Tensor,
+    input: torch.Tensor | None,
     weight: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: torch.Tensor,
-    rounding: str,
-    backend: str,
-) -> torch.Tensor:
-    """∂X [M, K] from G [M, N], in G's dtype."""
-    chosen = resolve_backend(backend, grad.device, grad.dtype, A.dtype)
-    return passes.input_gradient(_dense(grad), weight, Factors(A, B, C, D, scale), rounding, chosen)
-
-
-@_fake("input_gradient")
-def _(grad: torch.Tensor, weight: Any, A: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return grad.new_empty(grad.shape[0], A.shape[1])
-
-
-@_kernel("parameter_gradients")
-def parameter_gradients_kernel(
-    grad: torch.Tensor,
-    input: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
@@ -123,31 +101,44 @@ def parameter_gradients_kernel(
     scale: torch.Tensor,
     ste: str,
     clip_bound: float,
+    rounding: str,
     wanted: Sequence[bool],
     weight_dtype: torch.dtype,
     backend: str,
 ) -> list[torch.Tensor]:
-    """The gradients of those of (A, B, C, D, weight) that `wanted` marks, in that order.
+    """The gradients of those of (input, A, B, C, D, weight) that `wanted` marks, in that order, from G [M, N].
 
-    The factors' come in the factors' dtype, the weight's in `weight_dtype`.
+    ∂X [M, K] comes in G's dtype, the factors' in theirs, the weight's in `weight_dtype`. `input` may be None where
+    only ∂X is wanted.
     """
-    chosen = resolve_backend(backend, input.device, input.dtype, A.dtype)
-    wide = accumulation_dtype(torch.promote_types(input.dtype, A.dtype))
+    chosen = resolve_backend(backend, grad.device, grad.dtype, A.dtype)
+    wide = accumulation_dtype(torch.promote_types(grad.dtype, A.dtype))
     accumulators = FactorGradients(
-        *(torch.zeros_like(f, dtype=wide) if want else None for f, want in zip((A, B, C, D), wanted, strict=False))
+        *(torch.zeros_like(f, dtype=wide) if want else None for f, want in zip((A, B, C, D), wanted[1:5], strict=True))
     )
-    grad_weight = input.new_empty((B.shape[0], A.shape[1]), dtype=weight_dtype) if wanted[4] else None
-    passes.parameter_gradients(
-        _dense(grad), _dense(input), Factors(A, B, C, D, scale), ste, clip_bound, accumulators, grad_weight, chosen
+    grad_weight = grad.new_empty((B.shape[0], A.shape[1]), dtype=weight_dtype) if wanted[5] else None
+    grad_input = passes.gradients(
+        _dense(grad),
+        None if input is None else _dense(input),
+        weight,
+        Factors(A, B, C, D, scale),
+        rounding,
+        ste,
+        clip_bound,
+        accumulators,
+        grad_weight,
+        wanted[0],
+        chosen,
     )
     results = [accumulator.to(A.dtype) for accumulator in accumulators if accumulator is not None]
-    return results if grad_weight is None else [*results, grad_weight]
+    return [*([] if grad_input is None else [grad_input]), *results, *([] if grad_weight is None else [grad_weight])]
 
 
-@_fake("parameter_gradients")
+@_fake("gradients")
 def _(
-    grad: Any,
+    grad: torch.Tensor,
     input: Any,
+    weight: Any,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
@@ -155,12 +146,15 @@ def _(
     scale: Any,
     ste: Any,
     clip_bound: Any,
+    rounding: Any,
     wanted: Sequence[bool],
     weight_dtype: torch.dtype,
     backend: Any,
 ) -> list[torch.Tensor]:
-    results = [torch.empty_like(f) for f, want in zip((A, B, C, D), wanted, strict=False) if want]
-    return [*results, A.new_empty((B.shape[0], A.shape[1]), dtype=weight_dtype)] if wanted[4] else results
+    out_features, in_features = B.shape[0], A.shape[1]
+    results = [grad.new_empty(grad.shape[0], in_features)] if wanted[0] else []
+    results += [torch.empty_like(f) for f, want in zip((A, B, C, D), wanted[1:5], strict=True) if want]
+    return [*results, A.new_empty((out_features, in_features), dtype=weight_dtype)] if wanted[5] else results
 
 
 @_kernel("merge_")
@@ -193,5 +187,4 @@ def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
     )
 
 
-for _name in ("input_gradient", "parameter_gradients"):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _refuse_double_backward, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::gradients", _refuse_double_backward, lib=_library)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .backends.base import Backend, FactorGradients, Factors
+from .backends.base import Backend, FactorGradients, Factors, SharedProducts
 from .reference import accumulation_dtype
 from .validation import check_positive_int
 
@@ -124,6 +124,55 @@ def parameter_gradients(
             backend.factor_gradients(
                 h, factors.rows(start, stop), ste, clip_bound, gradients.rows(start, stop), x.dtype, _workspace_bytes
             )
+
+
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    rounding: str,
+    ste: str,
+    clip_bound: float,
+    accumulators: FactorGradients,
+    grad_weight: torch.Tensor | None,
+    backend: Backend,
+    shared: SharedProducts,
+) -> torch.Tensor:
+    """`input_gradient` and `parameter_gradients` over the same column panels, P and Q computed once for both.
+
+    W takes H's place in the panel where they have one dtype.
+    """
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    dtype = accumulation_dtype(torch.promote_types(x.dtype, factors.A.dtype))
+    grad_x = grad.new_empty(grad.shape[0], in_features)
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
+    cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
+    bytes_each = dtype.itemsize + (0 if dtype == grad.dtype else grad.itemsize)
+    panels = _panels(in_features, out_features * bytes_each, budget - cast_budget)
+    largest = max(stop - start for start, stop in panels)
+    h_buffer = x.new_empty(largest * out_features, dtype=dtype)
+    w_buffer = h_buffer if dtype == grad.dtype else grad.new_empty(largest * out_features)
+    for start, stop in panels:
+        h, w = (buffer[: out_features * (stop - start)].view(out_features, -1) for buffer in (h_buffer, w_buffer))
+        _token_product(grad, x[:, start:stop], h, cast_budget)
+        if grad_weight is not None:
+            grad_weight[:, start:stop].copy_(h)
+        shared.weight_and_factor_gradients(
+            w,
+            None if weight is None else weight[:, start:stop],
+            h,
+            factors.columns(start, stop),
+            0,
+            start,
+            rounding,
+            ste,
+            clip_bound,
+            accumulators.columns(start, stop),
+            _workspace_bytes,
+        )
+        torch.mm(grad, w, out=grad_x[:, start:stop])
+    return grad_x
 
 
 def merge_(weight: torch.Tensor, factors: Factors, rounding: str, backend: Backend) -> None:

@@ -58,6 +58,35 @@ def forward(
     return panels.forward(x, weight, factors, bias, rounding, backend)
 
 
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    factors: Factors,
+    rounding: str,
+    ste: str,
+    clip_bound: float,
+    accumulators: FactorGradients,
+    grad_weight: torch.Tensor | None,
+    wants_input: bool,
+    backend: Backend,
+) -> torch.Tensor | None:
+    """∂X = G W [M, K] if it is wanted; adds the factors' gradients to `accumulators` and writes ∂W0 to `grad_weight`.
+
+    `x` may be None where no parameter's gradient is wanted.
+    """
+    if x is None or not (accumulators.wanted or grad_weight is not None):
+        return input_gradient(grad, weight, factors, rounding, backend) if wants_input else None
+    shared = backend.shared_products
+    if shared is not None and wants_input and accumulators.wanted and _strategy != "fused":
+        return panels.gradients(
+            grad, x, weight, factors, rounding, ste, clip_bound, accumulators, grad_weight, backend, shared
+        )
+    grad_x = input_gradient(grad, weight, factors, rounding, backend) if wants_input else None
+    parameter_gradients(grad, x, factors, ste, clip_bound, accumulators, grad_weight, backend)
+    return grad_x
+
+
 def input_gradient(
     grad: torch.Tensor, weight: torch.Tensor | None, factors: Factors, rounding: str, backend: Backend
 ) -> torch.Tensor:

@@ -46,13 +46,15 @@ class BackendCase(NamedTuple):
 
     def runs_on(self, device: str) -> bool:
         """Whether this run can execute it on `device`, ``"cpu"`` or ``"cuda"``."""
+        if self.name == "native":
+            return device == "cpu"
         return self.name != "triton" or device == "cuda" or IS_INTERPRETED
 
 
 CASES = [
     BackendCase(name, strategy)
     for name in available_backends()
-    for strategy in (("panels", "fused") if name == "triton" else ("auto",))
+    for strategy in {"triton": ("panels", "fused"), "native": ("panels", "auto")}.get(name, ("auto",))
 ]
 
 

@@ -26,15 +26,15 @@ def _calls(problem: Problem) -> dict[str, tuple[object, ...]]:
     factors = tuple(problem.factors)
     return {
         "linear": (problem.x, problem.weight, *factors, problem.bias, "dither", "auto"),
-        "input_gradient": (problem.grad, None, *factors, "dither", "auto"),
-        "parameter_gradients": (
-            problem.grad, problem.x, *factors, "clip", 1.0, [True, False, True, True, True], torch.float32, "auto"
+        "gradients": (
+            problem.grad, problem.x, None, *factors, "clip", 1.0, "dither", [True, True, False, True, True, True],
+            torch.float32, "auto",
         ),
         "merge_": (problem.weight.clone(), *factors, "dither", "auto"),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["linear", "input_gradient", "parameter_gradients", "merge_"])
+@pytest.mark.parametrize("name", ["linear", "gradients", "merge_"])
 def test_opcheck(device: torch.device, name: str) -> None:
     problem = gaussian(9, 12, 10, 3, 4, device=device)
     torch.library.opcheck(getattr(OPS, name).default, _calls(problem)[name])

@@ -116,15 +116,14 @@ def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "
     ops = torch.ops.dual_lora_kernels
     factors = tuple(problem.factors)
     output = ops.linear(problem.x, problem.weight, *factors, problem.bias, rounding, backend)
-    grad_x = ops.input_gradient(problem.grad, problem.weight, *factors, rounding, backend)
 
-    def parameter_gradients(*wanted: bool) -> list[torch.Tensor]:
-        options = (ste, 1.0, list(wanted), problem.weight.dtype, backend)
-        return ops.parameter_gradients(problem.grad, problem.x, *factors, *options)
+    def gradients(*wanted: bool) -> list[torch.Tensor]:
+        options = (ste, 1.0, rounding, list(wanted), problem.weight.dtype, backend)
+        return ops.gradients(problem.grad, problem.x, problem.weight, *factors, *options)
 
     # The weight's by itself: with it, the factors' gradients never come from a fused kernel.
-    grads, grad_weight = parameter_gradients(True, True, True, True, False), parameter_gradients(*[False] * 4, True)
-    return [output, grad_x, *grad_weight, *grads, problem.grad.sum(0)]
+    grad_x, *grads = gradients(True, True, True, True, True, False)
+    return [output, grad_x, *gradients(*[False] * 5, True), *grads, problem.grad.sum(0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -6,8 +6,9 @@ import torch
 
 from .._logging import logger
 from ..validation import check_choice
-from .base import Backend, FactorGradients, Factors, FusedPasses
+from .base import Backend, FactorGradients, Factors, FusedPasses, SharedProducts
 from .eager import EagerBackend
+from .native import NativeBackend
 from .triton import TritonBackend
 
 __all__ = [
@@ -15,12 +16,15 @@ __all__ = [
     "FactorGradients",
     "Factors",
     "FusedPasses",
+    "SharedProducts",
     "available_backends",
     "resolve_backend",
     "set_default_backend",
 ]
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TritonBackend(), EagerBackend())}
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), NativeBackend(), EagerBackend())
+}
 """In order of preference for ``"auto"``."""
 _default = "auto"
 _announced: set[tuple[str, str]] = set()
@@ -64,7 +68,9 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype,
             if (candidate.name, device.type) not in _announced:
                 _announced.add((candidate.name, device.type))
                 passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
-                logger.info("backend '%s' runs on %s%s", candidate.name, device.type, passed_over)
+                logger.info(
+                    "backend '%s' runs on %s: %s%s", candidate.name, device.type, candidate.description(), passed_over
+                )
             return candidate
         reasons.append(f"'{candidate.name}': {reason}")
     raise ValueError(f"backend: got {name!r}, which does not serve this call: {'; '.join(reasons)}")

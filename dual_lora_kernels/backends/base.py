@@ -44,6 +44,12 @@ class FactorGradients(NamedTuple):
             B=None if self.B is None else self.B[start:stop], D=None if self.D is None else self.D[start:stop]
         )
 
+    def columns(self, start: int, stop: int) -> FactorGradients:
+        """The accumulators of columns start … stop of the block."""
+        return self._replace(
+            A=None if self.A is None else self.A[:, start:stop], C=None if self.C is None else self.C[:, start:stop]
+        )
+
     @property
     def magnitude_wanted(self) -> bool:
         """Whether ∂P is needed."""
@@ -98,6 +104,26 @@ class FusedPasses(Protocol):
         """Add the factors' gradients from G and X to `gradients`; `workspace` bounds temporaries, in bytes."""
 
 
+class SharedProducts(Protocol):
+    """Both primitives of a block in one sweep, for backends where that is faster: P and Q are computed once."""
+
+    def weight_and_factor_gradients(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor | None,
+        h: torch.Tensor,
+        factors: Factors,
+        row0: int,
+        col0: int,
+        rounding: str,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        workspace: int,
+    ) -> None:
+        """`Backend.effective_weight` and `Backend.factor_gradients` of one block; `out` may be `h` itself."""
+
+
 class Backend(Protocol):
     """A set of kernels. `name` is what ``backend=`` and `set_default_backend` accept."""
 
@@ -106,6 +132,13 @@ class Backend(Protocol):
     @property
     def fused(self) -> FusedPasses | None:
         """Whole passes as single kernels, or None where every pass runs over panels."""
+
+    @property
+    def shared_products(self) -> SharedProducts | None:
+        """Both primitives in one sweep, or None where they are better called one by one."""
+
+    def description(self) -> str:
+        """What runs, in a few words, where the backend is available."""
 
     def unavailable(self) -> str | None:
         """None if this installation has the backend, else what is missing."""

@@ -12,7 +12,7 @@ import torch
 
 from .. import reference
 from ..rounding import dither_, is_dithered
-from .base import FactorGradients, Factors, FusedPasses
+from .base import FactorGradients, Factors, FusedPasses, SharedProducts
 
 _BUFFERS = 6
 """Chunk-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
@@ -23,6 +23,10 @@ class EagerBackend:
 
     name = "eager"
     fused: FusedPasses | None = None
+    shared_products: SharedProducts | None = None
+
+    def description(self) -> str:
+        return f"plain PyTorch {torch.__version__}"
 
     def unavailable(self) -> str | None:
         return None

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ..base import FactorGradients, Factors, FusedPasses
+from ..base import FactorGradients, Factors, FusedPasses, SharedProducts
 
 LEAST_TRITON = (3, 6)
 
@@ -19,6 +19,7 @@ class TritonBackend:
     """The backend for GPUs; on a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests."""
 
     name = "triton"
+    shared_products: SharedProducts | None = None
 
     @property
     def fused(self) -> FusedPasses:
@@ -28,6 +29,11 @@ class TritonBackend:
 
     def unavailable(self) -> str | None:
         return _import_failure()
+
+    def description(self) -> str:
+        import triton
+
+        return f"Triton {triton.__version__}"
 
     def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         from .architecture import architecture

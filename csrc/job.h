@@ -1,0 +1,95 @@
+// What the operators hand to the kernels: views of tensors, and one job for each of the three sweeps over a weight.
+//
+// Plain data without torch, so that the kernels' files need no header of it. Shapes as in dual_lora_kernels/reference.py:
+// W0 [n, k], A [r1, k], B [n, r1], C [r2, k], D [n, r2], H [n, k].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dual_lora {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+// A 2-D tensor with any strides (in elements). `data` is null for one that is not there.
+struct Matrix {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+};
+
+struct Factors {
+  Matrix A, B, C, D;
+  double scale;
+};
+
+// A rectangle of the block that a job is about.
+struct Range {
+  int64_t row, rows, col, cols;
+};
+
+enum class Estimator : int64_t { clip, dorefa, xnor };
+
+// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither.
+struct WeightJob {
+  Factors factors;
+  Matrix out, weight;
+  int64_t row0, col0;
+  bool dithers;
+};
+
+// Partial sums of the factors' gradients from H, and W as well where `weight_job.out` is there (it may be H itself).
+struct GradientJob {
+  WeightJob weight_job;
+  Matrix h;
+  Estimator estimator;
+  double clip_bound;
+  bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
+};
+
+// Y = X Wᵀ + b for few tokens, W rebuilt and used in cache.
+struct TokenJob {
+  WeightJob weight_job;  // `out` only says the dtype that W is rounded to
+  Matrix x, y, bias;
+};
+
+// Partial sums of one unit of a GradientJob, in H's dtype. `down`: [padded ranks, down_stride] for A and C; `up`: [unit's
+// rows, padded ranks] for B and D.
+struct Partials {
+  void* down;
+  int64_t down_stride;
+  void* up;
+};
+
+// Work is cut into units, rectangles that depend on the shape alone: sums have one order, whatever the number of threads.
+inline constexpr int64_t kUnitCols = 1024;  // at most; a constant so that strides are known to the compiler
+inline constexpr int64_t kUnitRows = 256;   // at most
+inline constexpr int64_t kTokenRows = 64;
+inline constexpr int64_t kRowBlock = 16;  // rows that a kernel works on at a time
+inline constexpr int64_t kRankStep = 4;
+
+// Row stride of a unit's blocks: a cache line more than a power of two, or their rows would share few cache sets
+// (generating W took 1.5 times as long).
+inline constexpr int64_t kStride = kUnitCols + 16;
+
+// Ranks are padded with zeros, which change no sum.
+constexpr int64_t padded_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
+constexpr int64_t padded_ranks(const Factors& factors) {
+  return padded_rank(factors.A.rows) + padded_rank(factors.C.rows);
+}
+
+// One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
+struct KernelTable {
+  const char* name;
+  size_t (*weight_scratch)(const WeightJob&);
+  void (*weight)(const WeightJob&, Range, void* scratch);
+  size_t (*gradient_scratch)(const GradientJob&);
+  void (*gradient)(const GradientJob&, Range, const Partials&, void* scratch);
+  size_t (*token_scratch)(const TokenJob&);
+  void (*token)(const TokenJob&, int64_t row, int64_t rows, void* scratch);
+};
+
+}  // namespace dual_lora

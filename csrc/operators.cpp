@@ -1,0 +1,302 @@
+// The operators that PyTorch sees: tensors into jobs, jobs into units, units onto threads.
+//
+// Built against PyTorch's stable ABI: one binary serves every torch ≥ 2.11 and every Python (docs/decisions.md).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "capability.h"
+#include "job.h"
+
+namespace dual_lora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- tensors into views
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+  }
+}
+
+Matrix matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, ": got ", tensor.dim(), " dimensions, expected 2");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  return {tensor.data_ptr(),   dtype_of(tensor, name), tensor.size(0),
+          tensor.size(1),      tensor.stride(0),       tensor.stride(1)};
+}
+
+Matrix matrix(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor.has_value() ? matrix(*tensor, name) : Matrix{};
+}
+
+void check_shape(const Matrix& m, const char* name, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(m.rows == rows && m.cols == cols, name, ": got [", m.rows, ", ", m.cols, "], expected [", rows, ", ",
+                  cols, "]");
+}
+
+// A 0-dim scale, fp32 or fp64, rounded to the type that the update is computed in, as PyTorch does.
+double scalar_of(const Tensor& scale, Dtype factors) {
+  STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1, "scale: expected one number on the CPU");
+  const Dtype dtype = dtype_of(scale, "scale");
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "scale: expected float32 or float64");
+  const void* data = scale.data_ptr();
+  const double value = dtype == Dtype::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  return factors == Dtype::float64 ? value : static_cast<double>(static_cast<float>(value));
+}
+
+Factors factors_of(const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& scale) {
+  const Factors factors = {matrix(A, "A"), matrix(B, "B"), matrix(C, "C"), matrix(D, "D"),
+                           scalar_of(scale, dtype_of(A, "A"))};
+  check_shape(factors.B, "B", factors.B.rows, factors.A.rows);
+  check_shape(factors.C, "C", factors.C.rows, factors.A.cols);
+  check_shape(factors.D, "D", factors.B.rows, factors.C.rows);
+  for (const Matrix* factor : {&factors.B, &factors.C, &factors.D})
+    STD_TORCH_CHECK(factor->dtype == factors.A.dtype, "A, B, C, D: expected one dtype");
+  return factors;
+}
+
+WeightJob weight_job(const Matrix& out, const Matrix& weight, const Factors& factors, int64_t row0, int64_t col0,
+                     bool dither) {
+  if (weight.data != nullptr) check_shape(weight, "weight", factors.B.rows, factors.A.cols);
+  const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
+  return {factors, out, weight, row0, col0, dither && has_dither};
+}
+
+// ---- units onto threads
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// A thread's scratch, kept between calls: fresh pages cost more than the kernels' arithmetic on small layers.
+void* thread_scratch(size_t bytes) {
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    const size_t lines = (bytes + 63) / 64 * 64;
+    memory.reset(std::aligned_alloc(64, lines));
+    size = memory ? lines : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return memory.get();
+}
+
+int64_t count(int64_t extent, int64_t step) { return (extent + step - 1) / step; }
+
+// A block cut into units: `chunks` of rows times `strips` of columns.
+struct Grid {
+  int64_t rows, cols, unit_rows, unit_cols;
+
+  int64_t strips() const { return count(cols, unit_cols); }
+  int64_t chunks() const { return count(rows, unit_rows); }
+  int64_t units() const { return strips() * chunks(); }
+  Range range(int64_t chunk, int64_t strip) const {
+    const int64_t row = chunk * unit_rows, col = strip * unit_cols;
+    return {row, std::min(unit_rows, rows - row), col, std::min(unit_cols, cols - col)};
+  }
+};
+
+// Units whose packed factors stay in an L2 cache of 1 MiB, and about 64 of them, for many cores.
+Grid grid_of(const Factors& factors) {
+  const int64_t rows = factors.B.rows, cols = factors.A.cols;
+  const int64_t width = padded_ranks(factors) * (factors.A.dtype == Dtype::float64 ? 2 : 1);
+  const int64_t unit_cols = width <= 48 ? kUnitCols : width <= 96 ? kUnitCols / 2 : kUnitCols / 4;
+  const int64_t wanted = count(rows * count(cols, unit_cols), 64);
+  return {rows, cols, std::min(kUnitRows, count(wanted, kRowBlock) * kRowBlock), unit_cols};
+}
+
+template <class F>
+void for_each_unit(int64_t units, size_t scratch, const F& run) {
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    void* memory = thread_scratch(scratch);
+    for (int64_t unit = begin; unit < end; ++unit) run(unit, memory);
+  });
+}
+
+// ---- operators
+
+void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale,
+                      int64_t row0, int64_t col0, bool dither) {
+  const Factors factors = factors_of(A, B, C, D, scale);
+  const WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  check_shape(job.out, "out", factors.B.rows, factors.A.cols);
+  const KernelTable& kernels = kernel_table();
+  const Grid grid = grid_of(factors);
+  for_each_unit(grid.units(), kernels.weight_scratch(job), [&](int64_t unit, void* scratch) {
+    kernels.weight(job, grid.range(unit / grid.strips(), unit % grid.strips()), scratch);
+  });
+}
+
+// gradient[i, j] += Σ over `parts` partial sums, which lie `part_stride` apart, in their order.
+template <class T>
+void add_partials(const Matrix& gradient, int64_t row, int64_t rows, int64_t col, int64_t cols, const T* partial,
+                  int64_t row_stride, int64_t parts, int64_t part_stride) {
+  T* to = static_cast<T*>(gradient.data);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) {
+      T total = 0;
+      for (int64_t part = 0; part < parts; ++part) total += partial[part * part_stride + i * row_stride + j];
+      to[(row + i) * gradient.row_stride + (col + j) * gradient.col_stride] += total;
+    }
+}
+
+struct GradientTargets {
+  Matrix A, B, C, D;
+};
+
+// A rectangle of units, whose partial sums are in memory at once: `down` of every unit, then `up` of every unit.
+struct Section {
+  int64_t chunk, chunks, strip, strips;
+};
+
+int64_t partial_size(const Grid& grid, int64_t ranks) { return ranks * (grid.unit_cols + grid.unit_rows); }
+
+// Runs a section's units, then adds their partial sums to the gradients.
+template <class T>
+void run_section(const GradientJob& job, const GradientTargets& targets, const Grid& grid, const Section& section,
+                 T* memory) {
+  const KernelTable& kernels = kernel_table();
+  const Factors& factors = job.weight_job.factors;
+  const int64_t ranks = padded_ranks(factors), magnitude = padded_rank(factors.A.rows), strips = section.strips;
+  const int64_t down_size = ranks * grid.unit_cols, up_size = ranks * grid.unit_rows;
+  const int64_t units = section.chunks * strips;
+  T* ups = memory + units * down_size;
+  const auto range = [&](int64_t chunk, int64_t strip) { return grid.range(section.chunk + chunk, section.strip + strip); };
+  for_each_unit(units, kernels.gradient_scratch(job), [&](int64_t unit, void* scratch) {
+    kernels.gradient(job, range(unit / strips, unit % strips),
+                     {memory + unit * down_size, grid.unit_cols, ups + unit * up_size}, scratch);
+  });
+  for_each_unit(strips + section.chunks, 0, [&](int64_t part, void*) {
+    if (part < strips) {  // A and C of one strip, over the chunks
+      const Range own = range(0, part);
+      const T* down = memory + part * down_size;
+      if (targets.A.data != nullptr)
+        add_partials(targets.A, 0, factors.A.rows, own.col, own.cols, down, grid.unit_cols, section.chunks,
+                     strips * down_size);
+      if (targets.C.data != nullptr)
+        add_partials(targets.C, 0, factors.C.rows, own.col, own.cols, down + magnitude * grid.unit_cols,
+                     grid.unit_cols, section.chunks, strips * down_size);
+    } else {  // B and D of one chunk, over the strips
+      const int64_t chunk = part - strips;
+      const Range own = range(chunk, 0);
+      const T* up = ups + chunk * strips * up_size;
+      if (targets.B.data != nullptr)
+        add_partials(targets.B, own.row, own.rows, 0, factors.A.rows, up, ranks, strips, up_size);
+      if (targets.D.data != nullptr)
+        add_partials(targets.D, own.row, own.rows, 0, factors.C.rows, up + magnitude, ranks, strips, up_size);
+    }
+  });
+}
+
+void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, int64_t estimator,
+                      double clip_bound, std::optional<Tensor> grad_A, std::optional<Tensor> grad_B,
+                      std::optional<Tensor> grad_C, std::optional<Tensor> grad_D, std::optional<Tensor> out,
+                      std::optional<Tensor> weight, int64_t row0, int64_t col0, bool dither, int64_t workspace) {
+  const Factors factors = factors_of(A, B, C, D, scale);
+  const int64_t rows = factors.B.rows, cols = factors.A.cols;
+  const GradientTargets targets = {matrix(grad_A, "grad_A"), matrix(grad_B, "grad_B"), matrix(grad_C, "grad_C"),
+                                   matrix(grad_D, "grad_D")};
+  const WeightJob weight_part = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  const GradientJob job = {weight_part,
+                           matrix(h, "h"),
+                           static_cast<Estimator>(estimator),
+                           clip_bound,
+                           targets.A.data != nullptr || targets.B.data != nullptr,
+                           targets.C.data != nullptr || targets.D.data != nullptr};
+  check_shape(job.h, "h", rows, cols);
+  if (weight_part.out.data != nullptr) check_shape(weight_part.out, "out", rows, cols);
+  STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
+  STD_TORCH_CHECK(job.h.dtype == Dtype::float64 || (job.h.dtype == Dtype::float32 && factors.A.dtype != Dtype::float64),
+                  "h: expected float32, or float64, which float64 factors need");
+  const std::pair<const Matrix*, const Matrix*> pairs[] = {
+      {&targets.A, &factors.A}, {&targets.B, &factors.B}, {&targets.C, &factors.C}, {&targets.D, &factors.D}};
+  for (const auto& [gradient, factor] : pairs) {
+    if (gradient->data == nullptr) continue;
+    check_shape(*gradient, "gradient", factor->rows, factor->cols);
+    STD_TORCH_CHECK(gradient->dtype == job.h.dtype, "gradient: expected h's dtype");
+  }
+  const int64_t ranks = padded_ranks(factors), size = job.h.dtype == Dtype::float64 ? 8 : 4;
+  Grid grid = grid_of(factors);
+  if (grid.units() == 0) return;
+  while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
+  const int64_t at_once = workspace / (partial_size(grid, ranks) * size);
+  const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
+  const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
+  const Tensor memory = torch::stable::empty({chunks * strips * partial_size(grid, ranks)}, h.scalar_type());
+  for (int64_t chunk = 0; chunk < grid.chunks(); chunk += chunks) {
+    for (int64_t strip = 0; strip < grid.strips(); strip += strips) {
+      const Section section = {chunk, std::min(chunks, grid.chunks() - chunk), strip,
+                               std::min(strips, grid.strips() - strip)};
+      if (size == 8) run_section(job, targets, grid, section, static_cast<double*>(memory.data_ptr()));
+      else run_section(job, targets, grid, section, static_cast<float*>(memory.data_ptr()));
+    }
+  }
+}
+
+void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D,
+                Tensor scale, std::optional<Tensor> bias, bool dither) {
+  const Factors factors = factors_of(A, B, C, D, scale);
+  const Matrix x = matrix(input, "input"), y = matrix(out, "out");
+  Matrix bias_view;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == factors.B.rows, "bias: expected [out_features]");
+    bias_view = {bias->data_ptr(), dtype_of(*bias, "bias"), 1, factors.B.rows, 0, bias->stride(0)};
+  }
+  check_shape(x, "input", x.rows, factors.A.cols);
+  check_shape(y, "out", x.rows, factors.B.rows);
+  STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64),
+                  "input and factors: expected both float64, or neither");
+  Matrix rounded;
+  rounded.dtype = x.dtype;
+  const TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
+  const KernelTable& kernels = kernel_table();
+  const int64_t rows = factors.B.rows, step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
+  for_each_unit(count(rows, step), kernels.token_scratch(job), [&](int64_t unit, void* scratch) {
+    kernels.token(job, unit * step, std::min(step, rows - unit * step), scratch);
+  });
+}
+
+std::string capability() { return kernel_table().name; }
+
+}  // namespace
+}  // namespace dual_lora
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
+  m.def(
+      "cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, "
+      "int row0, int col0, bool dither) -> ()");
+  m.def(
+      "cpu_factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, int estimator, "
+      "float clip_bound, Tensor(a!)? grad_A, Tensor(b!)? grad_B, Tensor(c!)? grad_C, Tensor(d!)? grad_D, "
+      "Tensor(e!)? out, Tensor? weight, int row0, int col0, bool dither, int workspace) -> ()");
+  m.def(
+      "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor D, "
+      "Tensor scale, Tensor? bias, bool dither) -> ()");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dual_lora_kernels, CPU, m) {
+  m.impl("cpu_effective_weight", TORCH_BOX(&dual_lora::effective_weight));
+  m.impl("cpu_factor_gradients", TORCH_BOX(&dual_lora::factor_gradients));
+  m.impl("cpu_few_tokens", TORCH_BOX(&dual_lora::few_tokens));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dual_lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&dual_lora::capability));
+}

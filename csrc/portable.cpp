@@ -1,0 +1,11 @@
+// Kernels without intrinsics, for every other processor.
+#include "vectors/portable.h"
+
+namespace {
+using F32 = Lanes<float, 8>;
+using F64 = Lanes<double, 4>;
+}  // namespace
+// after the vectors
+#include "kernels.h"
+
+DUAL_LORA_KERNEL_TABLE(portable)

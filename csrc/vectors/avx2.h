@@ -1,0 +1,90 @@
+// AVX2 vectors with FMA and F16C. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return their
+// second operand where one is NaN.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct F32 {
+  using scalar = float;
+  static constexpr int lanes = 8;
+  __m256 v;
+  static F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static F32 set(float x) { return {_mm256_set1_ps(x)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static F32 load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void store_half(uint16_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+struct F64 {
+  using scalar = double;
+  static constexpr int lanes = 4;
+  __m256d v;
+  static F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static F64 set(double x) { return {_mm256_set1_pd(x)}; }
+  void store(double* p) const { _mm256_storeu_pd(p, v); }
+};
+
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline F32 relu(F32 x) { return {_mm256_max_ps(_mm256_setzero_ps(), x.v)}; }
+inline F64 relu(F64 x) { return {_mm256_max_pd(_mm256_setzero_pd(), x.v)}; }
+
+// x where q > 0, else −x.
+inline F32 signed_by(F32 x, F32 q) {
+  const __m256 positive = _mm256_cmp_ps(q.v, _mm256_setzero_ps(), _CMP_GT_OQ);
+  return {_mm256_xor_ps(x.v, _mm256_andnot_ps(positive, _mm256_set1_ps(-0.0f)))};
+}
+inline F64 signed_by(F64 x, F64 q) {
+  const __m256d positive = _mm256_cmp_pd(q.v, _mm256_setzero_pd(), _CMP_GT_OQ);
+  return {_mm256_xor_pd(x.v, _mm256_andnot_pd(positive, _mm256_set1_pd(-0.0)))};
+}
+
+// x where p > 0, else 0.
+inline F32 where_positive(F32 p, F32 x) {
+  return {_mm256_and_ps(_mm256_cmp_ps(p.v, _mm256_setzero_ps(), _CMP_GT_OQ), x.v)};
+}
+inline F64 where_positive(F64 p, F64 x) {
+  return {_mm256_and_pd(_mm256_cmp_pd(p.v, _mm256_setzero_pd(), _CMP_GT_OQ), x.v)};
+}
+
+// x where |q| ≤ 1, else 0.
+inline F32 where_within_one(F32 q, F32 x) {
+  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), q.v);
+  return {_mm256_and_ps(_mm256_cmp_ps(size, _mm256_set1_ps(1), _CMP_LE_OQ), x.v)};
+}
+inline F64 where_within_one(F64 q, F64 x) {
+  const __m256d size = _mm256_andnot_pd(_mm256_set1_pd(-0.0), q.v);
+  return {_mm256_and_pd(_mm256_cmp_pd(size, _mm256_set1_pd(1), _CMP_LE_OQ), x.v)};
+}
+
+// x within [−bound, bound].
+inline F32 clamp(F32 x, F32 bound) {
+  return {_mm256_min_ps(bound.v, _mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), bound.v), x.v))};
+}
+inline F64 clamp(F64 x, F64 bound) {
+  return {_mm256_min_pd(bound.v, _mm256_max_pd(_mm256_sub_pd(_mm256_setzero_pd(), bound.v), x.v))};
+}
+
+inline float sum(F32 x) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline double sum(F64 x) {
+  const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(x.v), _mm256_extractf128_pd(x.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+}
+
+}  // namespace

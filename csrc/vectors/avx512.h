@@ -1,0 +1,84 @@
+// AVX-512F vectors. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return their second
+// operand where one is NaN.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct F32 {
+  using scalar = float;
+  static constexpr int lanes = 16;
+  __m512 v;
+  static F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static F32 set(float x) { return {_mm512_set1_ps(x)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  static F32 load_half(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store_half(uint16_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+struct F64 {
+  using scalar = double;
+  static constexpr int lanes = 8;
+  __m512d v;
+  static F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static F64 set(double x) { return {_mm512_set1_pd(x)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
+};
+
+inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline F32 relu(F32 x) { return {_mm512_max_ps(_mm512_setzero_ps(), x.v)}; }
+inline F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
+
+// x where q > 0, else −x.
+inline F32 signed_by(F32 x, F32 q) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(q.v, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512i bits = _mm512_castps_si512(x.v);
+  return {_mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, static_cast<__mmask16>(~positive), bits, _mm512_set1_epi32(INT32_MIN)))};
+}
+inline F64 signed_by(F64 x, F64 q) {
+  const __mmask8 positive = _mm512_cmp_pd_mask(q.v, _mm512_setzero_pd(), _CMP_GT_OQ);
+  const __m512i bits = _mm512_castpd_si512(x.v);
+  const __mmask8 negative = static_cast<__mmask8>(~positive);
+  return {_mm512_castsi512_pd(_mm512_mask_xor_epi64(bits, negative, bits, _mm512_set1_epi64(INT64_MIN)))};
+}
+
+// x where p > 0, else 0.
+inline F32 where_positive(F32 p, F32 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(p.v, _mm512_setzero_ps(), _CMP_GT_OQ), x.v)};
+}
+inline F64 where_positive(F64 p, F64 x) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(p.v, _mm512_setzero_pd(), _CMP_GT_OQ), x.v)};
+}
+
+// x where |q| ≤ 1, else 0.
+inline F32 where_within_one(F32 q, F32 x) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(q.v), _mm512_set1_ps(1), _CMP_LE_OQ), x.v)};
+}
+inline F64 where_within_one(F64 q, F64 x) {
+  return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(_mm512_abs_pd(q.v), _mm512_set1_pd(1), _CMP_LE_OQ), x.v)};
+}
+
+// x within [−bound, bound].
+inline F32 clamp(F32 x, F32 bound) {
+  return {_mm512_min_ps(bound.v, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), bound.v), x.v))};
+}
+inline F64 clamp(F64 x, F64 bound) {
+  return {_mm512_min_pd(bound.v, _mm512_max_pd(_mm512_sub_pd(_mm512_setzero_pd(), bound.v), x.v))};
+}
+
+inline float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
+inline double sum(F64 x) { return _mm512_reduce_add_pd(x.v); }
+
+}  // namespace

@@ -1,0 +1,62 @@
+// AArch64 vectors. Comparisons with NaN are false, and FMAX and FMIN keep a NaN.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace {
+
+struct F32 {
+  using scalar = float;
+  static constexpr int lanes = 4;
+  float32x4_t v;
+  static F32 load(const float* p) { return {vld1q_f32(p)}; }
+  static F32 set(float x) { return {vdupq_n_f32(x)}; }
+  void store(float* p) const { vst1q_f32(p, v); }
+  static F32 load_half(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+  void store_half(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+};
+
+struct F64 {
+  using scalar = double;
+  static constexpr int lanes = 2;
+  float64x2_t v;
+  static F64 load(const double* p) { return {vld1q_f64(p)}; }
+  static F64 set(double x) { return {vdupq_n_f64(x)}; }
+  void store(double* p) const { vst1q_f64(p, v); }
+};
+
+inline F32 fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }
+inline F32 mul(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
+inline F64 mul(F64 a, F64 b) { return {vmulq_f64(a.v, b.v)}; }
+inline F32 add(F32 a, F32 b) { return {vaddq_f32(a.v, b.v)}; }
+inline F64 add(F64 a, F64 b) { return {vaddq_f64(a.v, b.v)}; }
+inline F32 relu(F32 x) { return {vmaxq_f32(x.v, vdupq_n_f32(0))}; }
+inline F64 relu(F64 x) { return {vmaxq_f64(x.v, vdupq_n_f64(0))}; }
+
+// x where q > 0, else −x.
+inline F32 signed_by(F32 x, F32 q) { return {vbslq_f32(vcgtzq_f32(q.v), x.v, vnegq_f32(x.v))}; }
+inline F64 signed_by(F64 x, F64 q) { return {vbslq_f64(vcgtzq_f64(q.v), x.v, vnegq_f64(x.v))}; }
+
+// x where p > 0, else 0.
+inline F32 where_positive(F32 p, F32 x) { return {vbslq_f32(vcgtzq_f32(p.v), x.v, vdupq_n_f32(0))}; }
+inline F64 where_positive(F64 p, F64 x) { return {vbslq_f64(vcgtzq_f64(p.v), x.v, vdupq_n_f64(0))}; }
+
+// x where |q| ≤ 1, else 0.
+inline F32 where_within_one(F32 q, F32 x) {
+  return {vbslq_f32(vcleq_f32(vabsq_f32(q.v), vdupq_n_f32(1)), x.v, vdupq_n_f32(0))};
+}
+inline F64 where_within_one(F64 q, F64 x) {
+  return {vbslq_f64(vcleq_f64(vabsq_f64(q.v), vdupq_n_f64(1)), x.v, vdupq_n_f64(0))};
+}
+
+// x within [−bound, bound].
+inline F32 clamp(F32 x, F32 bound) { return {vminq_f32(bound.v, vmaxq_f32(vnegq_f32(bound.v), x.v))}; }
+inline F64 clamp(F64 x, F64 bound) { return {vminq_f64(bound.v, vmaxq_f64(vnegq_f64(bound.v), x.v))}; }
+
+inline float sum(F32 x) { return vaddvq_f32(x.v); }
+inline double sum(F64 x) { return vaddvq_f64(x.v); }
+
+}  // namespace

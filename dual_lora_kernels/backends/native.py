@@ -1,0 +1,153 @@
+"""C++ kernels for CPUs (csrc/): P and Q computed once where W and the factors' gradients both need them, in cache.
+
+setup.py builds the library where there is a compiler. It registers its operators with PyTorch when it is loaded, at the
+first call; nothing here needs it before.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..rounding import is_dithered
+from .base import FactorGradients, Factors
+
+_PACKAGE = Path(__file__).parents[1]
+_FEW_TOKENS = 16
+"""Tokens up to which W is multiplied in cache, row by row, instead of panel by panel (docs/decisions.md)."""
+_ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
+"""Numbers as in csrc/job.h."""
+
+
+class NativeBackend:
+    """The backend for CPUs."""
+
+    name = "native"
+
+    @property
+    def fused(self) -> NativeFewTokens:
+        return NativeFewTokens()
+
+    @property
+    def shared_products(self) -> NativeBackend:
+        return self
+
+    def unavailable(self) -> str | None:
+        return _load_failure()
+
+    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+        return None if device.type == "cpu" else f"it has no kernels for device type {device.type!r}"
+
+    def reserved(self, device: torch.device) -> str | None:
+        return None
+
+    def description(self) -> str:
+        """What runs, in words."""
+        return f"{_ops().cpu_capability()} kernels on {torch.get_num_threads()} threads"
+
+    def temporaries(self, workspace: int) -> int:
+        return workspace // 4  # partial sums of the factors' gradients
+
+    def effective_weight(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor | None,
+        factors: Factors,
+        row0: int,
+        col0: int,
+        rounding: str,
+        workspace: int,
+    ) -> None:
+        _ops().cpu_effective_weight(out, weight, *factors, row0, col0, is_dithered(out.dtype, rounding))
+
+    def factor_gradients(
+        self,
+        h: torch.Tensor,
+        factors: Factors,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        compute_dtype: torch.dtype,
+        workspace: int,
+    ) -> None:
+        _ops().cpu_factor_gradients(
+            h, *factors, _ESTIMATORS[ste], clip_bound, *gradients, None, None, 0, 0, False, workspace // 4
+        )
+
+    def weight_and_factor_gradients(
+        self,
+        out: torch.Tensor,
+        weight: torch.Tensor | None,
+        h: torch.Tensor,
+        factors: Factors,
+        row0: int,
+        col0: int,
+        rounding: str,
+        ste: str,
+        clip_bound: float,
+        gradients: FactorGradients,
+        workspace: int,
+    ) -> None:
+        dithers = is_dithered(out.dtype, rounding)
+        estimator = _ESTIMATORS[ste]
+        _ops().cpu_factor_gradients(
+            h, *factors, estimator, clip_bound, *gradients, out, weight, row0, col0, dithers, workspace // 4
+        )
+
+
+class NativeFewTokens:
+    """The forward pass for a few tokens as one kernel, which reads W0 once and writes no W."""
+
+    def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
+        if operation != "forward":
+            return "only its forward pass has a kernel of its own"
+        if (input.dtype == torch.float64) != (factors.A.dtype == torch.float64):
+            return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
+        return None
+
+    def preferred(self, operation: str, input: torch.Tensor) -> bool:
+        return input.shape[0] <= _FEW_TOKENS
+
+    def weight_product(
+        self,
+        operation: str,
+        input: torch.Tensor,
+        weight: torch.Tensor | None,
+        factors: Factors,
+        bias: torch.Tensor | None,
+        rounding: str,
+        workspace: int,
+    ) -> torch.Tensor:
+        out = input.new_empty(input.shape[0], factors.B.shape[0])
+        _ops().cpu_few_tokens(out, input, weight, *factors, bias, is_dithered(input.dtype, rounding))
+        return out
+
+    def token_product(self, *args: Any) -> None:
+        raise NotImplementedError("serves() refuses this pass")
+
+
+@cache
+def _load_failure() -> str | None:
+    library = _PACKAGE / "_native.abi3.so"
+    if not library.exists():
+        return f"its C++ library is not in this installation ({_build_outcome()}); see README, Install"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"its C++ library cannot be loaded ({error}); reinstall the package against this PyTorch"
+    return None
+
+
+def _build_outcome() -> str:
+    record = _PACKAGE / "_native_build.json"
+    if not record.exists():
+        return "the package was not installed by pip"
+    return str(json.loads(record.read_text(encoding="utf-8")).get("missing", "the library was removed"))
+
+
+def _ops() -> Any:
+    return torch.ops.dual_lora_kernels
