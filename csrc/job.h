@@ -33,18 +33,22 @@ struct Range {
 
 enum class Estimator : int64_t { clip, dorefa, xnor };
 
-// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither.
+// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither. `packed`: the factors as
+// KernelTable::pack leaves them, in their own accumulation type.
 struct WeightJob {
   Factors factors;
+  void* packed;
   Matrix out, weight;
   int64_t row0, col0;
   bool dithers;
+  bool streams;  // write past the caches, if that is possible
 };
 
 // Partial sums of the factors' gradients from H, and W as well where `weight_job.out` is there (it may be H itself).
 struct GradientJob {
   WeightJob weight_job;
   Matrix h;
+  void* wide_packed;  // the factors packed in H's dtype, where that is wider; else as in weight_job
   Estimator estimator;
   double clip_bound;
   bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
@@ -65,18 +69,18 @@ struct Partials {
 };
 
 // Work is cut into units, rectangles that depend on the shape alone: sums have one order, whatever the number of threads.
-inline constexpr int64_t kUnitCols = 1024;  // at most; a constant so that strides are known to the compiler
-inline constexpr int64_t kUnitRows = 256;   // at most
+inline constexpr int64_t kUnitCols = 384;  // at most; a constant so that strides are known to the compiler
 inline constexpr int64_t kTokenRows = 64;
 inline constexpr int64_t kRowBlock = 16;  // rows that a kernel works on at a time
-inline constexpr int64_t kRankStep = 4;
+inline constexpr int64_t kRankStep = 4;   // ranks that a product works on at a time
 
 // Row stride of a unit's blocks: a cache line more than a power of two, or their rows would share few cache sets
 // (generating W took 1.5 times as long).
 inline constexpr int64_t kStride = kUnitCols + 16;
 
-// Ranks are padded with zeros, which change no sum.
-constexpr int64_t padded_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
+// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set.
+constexpr int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
+constexpr int64_t stepped_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
 constexpr int64_t padded_ranks(const Factors& factors) {
   return padded_rank(factors.A.rows) + padded_rank(factors.C.rows);
 }
@@ -84,6 +88,10 @@ constexpr int64_t padded_ranks(const Factors& factors) {
 // One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
 struct KernelTable {
   const char* name;
+  // Packing, in fp32 or (wide) fp64: bytes, then strips of kUnitCols columns and blocks of kRowBlock rows by themselves.
+  size_t (*packed_size)(const Factors&, bool wide);
+  void (*pack_strip)(const Factors&, bool wide, int64_t strip, void* packed);
+  void (*pack_block)(const Factors&, bool wide, int64_t block, void* packed);
   size_t (*weight_scratch)(const WeightJob&);
   void (*weight)(const WeightJob&, Range, void* scratch);
   size_t (*gradient_scratch)(const GradientJob&);

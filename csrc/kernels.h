@@ -11,36 +11,33 @@ namespace {
 using dual_lora::Estimator;
 using dual_lora::GradientJob;
 using dual_lora::kTokenRows;
-using dual_lora::kUnitCols;
 using dual_lora::padded_ranks;
 using dual_lora::Partials;
 using dual_lora::Range;
 using dual_lora::TokenJob;
 
+// ---- packing
+
+template <class V>
+PackedFactors<V> packed_factors(const dual_lora::Factors& factors, void* memory) {
+  return PackedFactors<V>(factors, static_cast<typename V::scalar*>(memory));
+}
+
 // ---- W
 
 template <class V>
-struct WeightMemory {
-  PackedFactors<V> factors;
-  WeightBlock<V> block;
-  size_t used;
-
-  WeightMemory(Scratch scratch, const WeightJob& job)
-      : factors(scratch, job.factors, kUnitRows), block(scratch, job), used(scratch.used) {}
-};
-
-template <class V>
 void weight_kernel(const WeightJob& job, Range range, void* memory) {
-  WeightMemory<V> work({static_cast<char*>(memory)}, job);
-  work.factors.pack_columns(job.factors, range.col, range.cols);
-  work.factors.pack_rows(job.factors, range.row, range.rows);
-  work.block.set_columns(range.col, range.cols);
+  Scratch scratch = {static_cast<char*>(memory)};
+  WeightBlock<V> block(scratch, job);
+  const PackedFactors<V> packed = packed_factors<V>(job.factors, job.packed);
+  const auto magnitude = packed.magnitude(range.row, range.col), direction = packed.direction(range.row, range.col);
+  block.set_columns(range.col, range.cols);
   for (int64_t start = 0; start < range.rows; start += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, range.rows - start);
-    work.block.begin(range.row + start, rows, at(job.out, range.row + start, range.col));
-    for_each_product<V>(work.factors.magnitude, work.factors.direction, start, rows, padded_cols<V>(range.cols),
-                        [&](int64_t row, int64_t col, V p, V q) { work.block.put(row, col, p, q); });
-    work.block.end();
+    block.begin(range.row + start, rows, at(job.out, range.row + start, range.col));
+    for_each_tile<V>(magnitude, direction, start, rows, 0, padded_cols<V>(range.cols),
+                     [&](int64_t row, int64_t col, const auto& p, const auto& q) { block.put(row, col, p, q); });
+    block.end();
   }
 }
 
@@ -61,45 +58,64 @@ struct GradientMemory {
   using T = typename H::scalar;
   static constexpr bool is_mixed = !is_same<V, H>::value;
 
-  PackedFactors<V> factors;
   WeightBlock<V> block;
-  PackedFactors<H> wide_factors;
   T* h;
   T* grad_p;
   T* grad_q;
   T* down;  // sums over the unit's rows: [ranks, kStride]
-  T* up;    // sums over columns of one block, lane by lane: [kRowBlock, ranks] vectors
+  T* up;    // sums over columns of one block: [kRowBlock, ranks]
   typename V::scalar* p;
   typename V::scalar* q;
   size_t used;
 
-  GradientMemory(Scratch scratch, const GradientJob& job, int64_t ranks)
-      : factors(scratch, job.weight_job.factors, kUnitRows),
-        block(scratch, job.weight_job),
-        wide_factors(scratch, is_mixed ? job.weight_job.factors : dual_lora::Factors{}, kUnitRows),
+  GradientMemory(Scratch scratch, const GradientJob& job)
+      : block(scratch, job.weight_job),
         h(scratch.take<T>(kRowBlock * kStride)),
         grad_p(scratch.take<T>(kRowBlock * kStride)),
         grad_q(scratch.take<T>(kRowBlock * kStride)),
-        down(scratch.take<T>(ranks * kStride)),
-        up(scratch.take<T>(kRowBlock * ranks * H::lanes)),
+        down(scratch.take<T>(padded_ranks(job.weight_job.factors) * kStride)),
+        up(scratch.take<T>(kRowBlock * padded_ranks(job.weight_job.factors))),
         p(scratch.take<typename V::scalar>(is_mixed ? kRowBlock * kStride : 0)),
         q(scratch.take<typename V::scalar>(is_mixed ? kRowBlock * kStride : 0)),
         used(scratch.used) {}
-
-  const PackedFactors<H>& contraction_factors() const {
-    if constexpr (is_mixed) return wide_factors;
-    else return factors;
-  }
 };
 
-// Adds one block's contribution to the sums of a pair: `down` [rank, kStride], `up` [rows, rank] vectors.
+// Columns of a block worked on at a time: their P and Q, gradients and sums stay in a 32 KiB L1 cache at rank 16.
+constexpr int64_t kChunk = 96;
+
+// ∂P and ∂Q of one tile, from H, into blocks.
+template <class V, int R, int C>
+DUAL_LORA_INLINE void store_gradients(const typename V::scalar* h, int64_t h_stride, const V (&p)[R][C], const V (&q)[R][C],
+                            const GradientJob& job, typename V::scalar* grad_p, typename V::scalar* grad_q) {
+  using T = typename V::scalar;
+  const V scale = V::set(static_cast<T>(job.weight_job.factors.scale)), bound = V::set(static_cast<T>(job.clip_bound));
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const T* from = h + i * h_stride + c * V::lanes;
+      __builtin_prefetch(from + kRowBlock * h_stride, 0, 2);
+      const auto grads = product_gradients(V::load(from), p[i][c], q[i][c], scale, job.estimator, bound);
+      grads.p.store(grad_p + i * kStride + c * V::lanes);
+      grads.q.store(grad_q + i * kStride + c * V::lanes);
+    }
+}
+
+template <class V, int R, int C>
+inline void store_tile(const V (&values)[R][C], typename V::scalar* block) {
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) values[i][c].store(block + i * kStride + c * V::lanes);
+}
+
+// Adds a chunk's contribution to the sums of a pair, `down` [rank, kStride] and `up` [rows, ranks].
 template <class H>
-inline void contract(const typename H::scalar* grad, int64_t block, int64_t rows, int64_t cols,
+inline void contract(const typename H::scalar* grad, int64_t block, int64_t rows, int64_t col, int64_t cols,
                      const Pair<typename H::scalar>& pair, typename H::scalar* down, typename H::scalar* up,
-                     int64_t up_stride) {
-  const int64_t rank = padded_rank(pair.rank);
-  contract_rows<H>(grad, rows, cols, pair.up_block(block), rank, down);
-  contract_columns<H, kRankStep>(grad, rows, cols, pair.down, rank, up, up_stride);
+                     int64_t ranks) {
+  sum_over_rows<H>(grad + col, rows, cols, pair.up_block(block), stepped_rank(pair.rank), down + col);
+  sum_over_columns<H>(grad + col, rows, cols, pair.down_t + col * padded_rank(pair.rank), pair.rank, up, ranks);
 }
 
 template <class V, class H>
@@ -108,72 +124,61 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
   using One = Lanes<T, 1>;
   const dual_lora::Factors& factors = job.weight_job.factors;
   const int64_t ranks = padded_ranks(factors), magnitude_rank = padded_rank(factors.A.rows);
-  const int64_t cols = padded_cols<H>(padded_cols<V>(range.cols));
+  const int64_t cols = padded_cols<V>(range.cols);  // V has as many lanes as H, or twice as many
   const bool writes_weight = job.weight_job.out.data != nullptr;
-  GradientMemory<V, H> work({static_cast<char*>(memory)}, job, ranks);
+  GradientMemory<V, H> work({static_cast<char*>(memory)}, job);
   constexpr bool is_mixed = GradientMemory<V, H>::is_mixed;
-  work.factors.pack_columns(factors, range.col, range.cols);
-  work.factors.pack_rows(factors, range.row, range.rows);
-  if constexpr (is_mixed) {
-    work.wide_factors.pack_columns(factors, range.col, range.cols);
-    work.wide_factors.pack_rows(factors, range.row, range.rows);
-  }
+  const PackedFactors<V> packed = packed_factors<V>(factors, job.weight_job.packed);
+  const PackedFactors<H> wide = packed_factors<H>(factors, job.wide_packed);
+  const auto magnitude = packed.magnitude(range.row, range.col), direction = packed.direction(range.row, range.col);
+  const auto wide_magnitude = wide.magnitude(range.row, range.col), wide_direction = wide.direction(range.row, range.col);
   work.block.set_columns(range.col, range.cols);
   for (int64_t i = 0; i < ranks * kStride; ++i) work.down[i] = 0;
-  const T scale = static_cast<T>(factors.scale), bound = static_cast<T>(job.clip_bound);
+  T* up = static_cast<T*>(partials.up);
 
   for (int64_t start = 0; start < range.rows; start += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, range.rows - start);
     const Matrix h_view = at(job.h, range.row + start, range.col);
     const T* h = static_cast<const T*>(h_view.data);
     int64_t h_stride = h_view.row_stride;
-    if (!is_direct<H>(h_view, cols == range.cols ? cols : 1)) {
+    if (!is_direct<V>(h_view, range.cols)) {
       load_block<H>(h_view, rows, range.cols, work.h, kStride, cols);
       h = work.h;
       h_stride = kStride;
     }
+    for (int64_t i = 0; i < rows * ranks; ++i) work.up[i] = 0;
     if (writes_weight)
       work.block.begin(range.row + start, rows, at(job.weight_job.out, range.row + start, range.col));
-    for_each_product<V>(
-        work.factors.magnitude, work.factors.direction, start, rows, padded_cols<V>(range.cols),
-        [&](int64_t row, int64_t col, V p, V q) {
-          const int64_t place = row * kStride + col;
-          if constexpr (is_mixed) {
-            p.store(work.p + place);
-            q.store(work.q + place);
-          } else {
-            const T* from = h + row * h_stride + col;
-            __builtin_prefetch(from + kRowBlock * h_stride, 0, 2);
-            const auto grads =
-                product_gradients(H::load(from), p, q, H::set(scale), job.estimator, H::set(bound));
-            grads.p.store(work.grad_p + place);
-            grads.q.store(work.grad_q + place);
+    for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
+      const int64_t stop = smaller(chunk + kChunk, cols);
+      for_each_tile<V>(magnitude, direction, start, rows, chunk, stop,
+                       [&](int64_t row, int64_t col, const auto& p, const auto& q) {
+                         const int64_t place = row * kStride + col;
+                         if constexpr (is_mixed) {
+                           store_tile(p, work.p + place);
+                           store_tile(q, work.q + place);
+                         } else {
+                           store_gradients(h + row * h_stride + col, h_stride, p, q, job, work.grad_p + place,
+                                           work.grad_q + place);
+                         }
+                         if (writes_weight) work.block.put(row, col, p, q);
+                       });
+      if constexpr (is_mixed) {
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = chunk; j < stop; ++j) {
+            const int64_t place = i * kStride + j;
+            const One p[1][1] = {{One::set(work.p[place])}}, q[1][1] = {{One::set(work.q[place])}};
+            store_gradients(h + i * h_stride + j, h_stride, p, q, job, work.grad_p + place, work.grad_q + place);
           }
-          if (writes_weight) work.block.put(row, col, p, q);
-        });
-    if constexpr (is_mixed) {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) {
-          const int64_t place = i * kStride + j;
-          const bool is_inside = j < range.cols;
-          const One p = One::set(is_inside ? work.p[place] : 0), q = One::set(is_inside ? work.q[place] : 0);
-          const auto grads = product_gradients(One::load(h + i * h_stride + j), p, q, One::set(scale), job.estimator,
-                                               One::set(bound));
-          work.grad_p[place] = grads.p.v[0];
-          work.grad_q[place] = grads.q.v[0];
-        }
+      }
+      if (job.magnitude)
+        contract<H>(work.grad_p, start, rows, chunk, stop - chunk, wide_magnitude, work.down, work.up, ranks);
+      if (job.direction)
+        contract<H>(work.grad_q, start, rows, chunk, stop - chunk, wide_direction,
+                    work.down + magnitude_rank * kStride, work.up + magnitude_rank, ranks);
     }
     if (writes_weight) work.block.end();
-
-    for (int64_t i = 0; i < rows * ranks * H::lanes; ++i) work.up[i] = 0;
-    const PackedFactors<H>& pairs = work.contraction_factors();
-    if (job.magnitude)
-      contract<H>(work.grad_p, start, rows, cols, pairs.magnitude, work.down, work.up, ranks * H::lanes);
-    if (job.direction)
-      contract<H>(work.grad_q, start, rows, cols, pairs.direction, work.down + magnitude_rank * kStride,
-                  work.up + magnitude_rank * H::lanes, ranks * H::lanes);
-    T* up = static_cast<T*>(partials.up) + start * ranks;
-    for (int64_t i = 0; i < rows * ranks; ++i) up[i] = sum(H::load(work.up + i * H::lanes));
+    for (int64_t i = 0; i < rows * ranks; ++i) up[start * ranks + i] = work.up[i];
   }
   T* down = static_cast<T*>(partials.down);
   for (int64_t r = 0; r < ranks; ++r)
@@ -182,12 +187,15 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
 
 // ---- few tokens
 
-inline int64_t padded_tokens(int64_t tokens) { return tokens == 1 ? 1 : padded_rank(tokens); }
+constexpr int kTokenStep = 4;
+
+inline int64_t padded_tokens(int64_t tokens) {
+  return tokens == 1 ? 1 : (tokens + kTokenStep - 1) / kTokenStep * kTokenStep;
+}
 
 template <class V>
 struct TokenMemory {
   using T = typename V::scalar;
-  PackedFactors<V> factors;
   WeightBlock<V> block;
   T* weight;   // W of one block, as numbers on the output dtype's grid
   void* rounded;  // the same in the output dtype, where that is narrower
@@ -198,8 +206,7 @@ struct TokenMemory {
   size_t used;
 
   TokenMemory(Scratch scratch, const TokenJob& job)
-      : factors(scratch, job.weight_job.factors, kTokenRows),
-        block(scratch, job.weight_job),
+      : block(scratch, job.weight_job),
         weight(scratch.take<T>(kRowBlock * kStride)),
         rounded(scratch.take<T>(kRowBlock * kStride)),
         x(scratch.take<T>(padded_tokens(job.x.rows) * kStride)),
@@ -218,26 +225,26 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
   const Dtype dtype = job.weight_job.out.dtype;
   const bool is_wide = dtype == (sizeof(T) == 4 ? Dtype::float32 : Dtype::float64);
   const Matrix rounded = {is_wide ? work.weight : work.rounded, dtype, kRowBlock, kStride, kStride, 1};
-  work.factors.pack_rows(factors, row, rows);
+  const PackedFactors<V> packed = packed_factors<V>(factors, job.weight_job.packed);
   for (int64_t i = 0; i < rows * tokens * V::lanes; ++i) work.sums[i] = 0;
   for (int64_t col = 0; col < in_features; col += kUnitCols) {
     const int64_t cols = smaller(kUnitCols, in_features - col), padded = padded_cols<V>(cols);
-    work.factors.pack_columns(factors, col, cols);
+    const auto magnitude = packed.magnitude(row, col), direction = packed.direction(row, col);
     load_block<V>(at(job.x, 0, col), job.x.rows, cols, work.x, kStride, padded);
     for (int64_t i = job.x.rows * kStride; i < tokens * kStride; ++i) work.x[i] = 0;
     work.block.set_columns(col, cols);
     for (int64_t start = 0; start < rows; start += kRowBlock) {
       const int64_t block = smaller(kRowBlock, rows - start);
       work.block.begin(row + start, block, rounded);
-      for_each_product<V>(work.factors.magnitude, work.factors.direction, start, block, padded,
-                          [&](int64_t i, int64_t j, V p, V q) { work.block.put(i, j, p, q); });
+      for_each_tile<V>(magnitude, direction, start, block, 0, padded,
+                       [&](int64_t i, int64_t j, const auto& p, const auto& q) { work.block.put(i, j, p, q); });
       work.block.end();
       if (!is_wide || cols < padded) load_block<V>(rounded, block, cols, work.weight, kStride, padded);
       T* sums = work.sums + start * tokens * V::lanes;
       if (tokens == 1)
-        contract_columns<V, 1>(work.weight, block, padded, work.x, tokens, sums, tokens * V::lanes);
+        token_product<V, 1>(work.weight, block, padded, work.x, tokens, sums);
       else
-        contract_columns<V, kRankStep>(work.weight, block, padded, work.x, tokens, sums, tokens * V::lanes);
+        token_product<V, kTokenStep>(work.weight, block, padded, work.x, tokens, sums);
     }
   }
   if (job.bias.data != nullptr) load_block<V>(at(job.bias, 0, row), 1, rows, work.bias, kTokenRows, rows);
@@ -254,8 +261,28 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
 
 inline bool is_wide(Dtype dtype) { return dtype == Dtype::float64; }
 
+inline size_t packed_size(const dual_lora::Factors& factors, bool wide) {
+  return wide ? static_cast<size_t>(packed_factors<F64>(factors, nullptr).size()) * sizeof(double)
+              : static_cast<size_t>(packed_factors<F32>(factors, nullptr).size()) * sizeof(float);
+}
+
+inline void pack_strip(const dual_lora::Factors& factors, bool wide, int64_t strip, void* packed) {
+  wide ? packed_factors<F64>(factors, packed).pack_strip(strip) : packed_factors<F32>(factors, packed).pack_strip(strip);
+}
+
+inline void pack_block(const dual_lora::Factors& factors, bool wide, int64_t block, void* packed) {
+  wide ? packed_factors<F64>(factors, packed).pack_block(block) : packed_factors<F32>(factors, packed).pack_block(block);
+}
+
+template <class V>
+size_t block_scratch(const WeightJob& job) {
+  Scratch scratch = {nullptr};
+  WeightBlock<V> block(scratch, job);
+  return scratch.used;
+}
+
 inline size_t weight_scratch(const WeightJob& job) {
-  return is_wide(job.factors.A.dtype) ? WeightMemory<F64>({nullptr}, job).used : WeightMemory<F32>({nullptr}, job).used;
+  return is_wide(job.factors.A.dtype) ? block_scratch<F64>(job) : block_scratch<F32>(job);
 }
 
 inline void weight(const WeightJob& job, Range range, void* scratch) {
@@ -263,10 +290,9 @@ inline void weight(const WeightJob& job, Range range, void* scratch) {
 }
 
 inline size_t gradient_scratch(const GradientJob& job) {
-  const int64_t ranks = padded_ranks(job.weight_job.factors);
-  if (is_wide(job.weight_job.factors.A.dtype)) return GradientMemory<F64, F64>({nullptr}, job, ranks).used;
-  if (is_wide(job.h.dtype)) return GradientMemory<F32, F64>({nullptr}, job, ranks).used;
-  return GradientMemory<F32, F32>({nullptr}, job, ranks).used;
+  if (is_wide(job.weight_job.factors.A.dtype)) return GradientMemory<F64, F64>({nullptr}, job).used;
+  if (is_wide(job.h.dtype)) return GradientMemory<F32, F64>({nullptr}, job).used;
+  return GradientMemory<F32, F32>({nullptr}, job).used;
 }
 
 inline void gradient(const GradientJob& job, Range range, const Partials& partials, void* scratch) {
@@ -286,11 +312,11 @@ inline void token(const TokenJob& job, int64_t row, int64_t rows, void* scratch)
 }  // namespace
 
 // Defines an instruction set's table, `name()` in namespace dual_lora.
-#define DUAL_LORA_KERNEL_TABLE(table)                                                                       \
-  namespace dual_lora {                                                                                     \
-  const KernelTable& table() {                                                                              \
-    static const KernelTable kernels = {#table, weight_scratch, weight, gradient_scratch, gradient,         \
-                                        token_scratch, token};                                              \
-    return kernels;                                                                                         \
-  }                                                                                                         \
+#define DUAL_LORA_KERNEL_TABLE(table)                                                                              \
+  namespace dual_lora {                                                                                            \
+  const KernelTable& table() {                                                                                     \
+    static const KernelTable kernels = {#table, packed_size,      pack_strip, pack_block,    weight_scratch,       \
+                                        weight, gradient_scratch, gradient,   token_scratch, token};               \
+    return kernels;                                                                                                \
+  }                                                                                                                \
   }

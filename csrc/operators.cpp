@@ -75,7 +75,7 @@ WeightJob weight_job(const Matrix& out, const Matrix& weight, const Factors& fac
                      bool dither) {
   if (weight.data != nullptr) check_shape(weight, "weight", factors.B.rows, factors.A.cols);
   const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  return {factors, out, weight, row0, col0, dither && has_dither};
+  return {factors, nullptr, out, weight, row0, col0, dither && has_dither, false};
 }
 
 // ---- units onto threads
@@ -112,13 +112,12 @@ struct Grid {
   }
 };
 
-// Units whose packed factors stay in an L2 cache of 1 MiB, and about 64 of them, for many cores.
-Grid grid_of(const Factors& factors) {
+// At most kUnitCols columns, and rows to make at least `units` units of a large block: fewer rows pack the factors'
+// columns more often, more leave cores without work.
+Grid grid_of(const Factors& factors, int64_t units) {
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
-  const int64_t width = padded_ranks(factors) * (factors.A.dtype == Dtype::float64 ? 2 : 1);
-  const int64_t unit_cols = width <= 48 ? kUnitCols : width <= 96 ? kUnitCols / 2 : kUnitCols / 4;
-  const int64_t wanted = count(rows * count(cols, unit_cols), 64);
-  return {rows, cols, std::min(kUnitRows, count(wanted, kRowBlock) * kRowBlock), unit_cols};
+  const int64_t wanted = count(rows * count(cols, kUnitCols), units);
+  return {rows, cols, std::max(kRowBlock, count(wanted, kRowBlock) * kRowBlock), kUnitCols};
 }
 
 template <class F>
@@ -129,15 +128,40 @@ void for_each_unit(int64_t units, size_t scratch, const F& run) {
   });
 }
 
+// The factors packed for the kernels; the tensor owns the memory.
+Tensor pack(const Factors& factors, bool wide) {
+  const KernelTable& kernels = kernel_table();
+  const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
+  const auto size = static_cast<int64_t>(kernels.packed_size(factors, wide));
+  const Tensor packed = torch::stable::empty({size}, ScalarType::Byte);
+  void* memory = packed.data_ptr();
+  torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      if (part < strips) kernels.pack_strip(factors, wide, part, memory);
+      else kernels.pack_block(factors, wide, part - strips, memory);
+    }
+  });
+  return packed;
+}
+
+bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
+
+// Outputs from this size on are written past the caches: reading their lines before they are overwritten made
+// generating W 1.3 times as long. Smaller ones are still there when the matrix product reads them.
+constexpr int64_t kStreamedElements = int64_t{1} << 20;
+
 // ---- operators
 
 void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale,
                       int64_t row0, int64_t col0, bool dither) {
   const Factors factors = factors_of(A, B, C, D, scale);
-  const WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
+  const Tensor packed = pack(factors, is_wide(factors));
+  job.packed = packed.data_ptr();
+  job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = kernel_table();
-  const Grid grid = grid_of(factors);
+  const Grid grid = grid_of(factors, 128);
   for_each_unit(grid.units(), kernels.weight_scratch(job), [&](int64_t unit, void* scratch) {
     kernels.weight(job, grid.range(unit / grid.strips(), unit % grid.strips()), scratch);
   });
@@ -147,13 +171,19 @@ void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor
 template <class T>
 void add_partials(const Matrix& gradient, int64_t row, int64_t rows, int64_t col, int64_t cols, const T* partial,
                   int64_t row_stride, int64_t parts, int64_t part_stride) {
-  T* to = static_cast<T*>(gradient.data);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) {
-      T total = 0;
-      for (int64_t part = 0; part < parts; ++part) total += partial[part * part_stride + i * row_stride + j];
-      to[(row + i) * gradient.row_stride + (col + j) * gradient.col_stride] += total;
+  constexpr int64_t kAtOnce = 64;  // columns summed side by side
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t start = 0; start < cols; start += kAtOnce) {
+      const int64_t piece = std::min(kAtOnce, cols - start);
+      T totals[kAtOnce] = {};
+      for (int64_t part = 0; part < parts; ++part) {
+        const T* from = partial + part * part_stride + i * row_stride + start;
+        for (int64_t j = 0; j < piece; ++j) totals[j] += from[j];
+      }
+      T* to = static_cast<T*>(gradient.data) + (row + i) * gradient.row_stride + (col + start) * gradient.col_stride;
+      for (int64_t j = 0; j < piece; ++j) to[j * gradient.col_stride] += totals[j];
     }
+  }
 }
 
 struct GradientTargets {
@@ -213,12 +243,13 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const GradientTargets targets = {matrix(grad_A, "grad_A"), matrix(grad_B, "grad_B"), matrix(grad_C, "grad_C"),
                                    matrix(grad_D, "grad_D")};
   const WeightJob weight_part = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
-  const GradientJob job = {weight_part,
-                           matrix(h, "h"),
-                           static_cast<Estimator>(estimator),
-                           clip_bound,
-                           targets.A.data != nullptr || targets.B.data != nullptr,
-                           targets.C.data != nullptr || targets.D.data != nullptr};
+  GradientJob job = {weight_part,
+                     matrix(h, "h"),
+                     nullptr,
+                     static_cast<Estimator>(estimator),
+                     clip_bound,
+                     targets.A.data != nullptr || targets.B.data != nullptr,
+                     targets.C.data != nullptr || targets.D.data != nullptr};
   check_shape(job.h, "h", rows, cols);
   if (weight_part.out.data != nullptr) check_shape(weight_part.out, "out", rows, cols);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
@@ -232,9 +263,14 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
     STD_TORCH_CHECK(gradient->dtype == job.h.dtype, "gradient: expected h's dtype");
   }
   const int64_t ranks = padded_ranks(factors), size = job.h.dtype == Dtype::float64 ? 8 : 4;
-  Grid grid = grid_of(factors);
+  Grid grid = grid_of(factors, 32);
   if (grid.units() == 0) return;
   while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
+  const Tensor packed = pack(factors, is_wide(factors));
+  const bool is_mixed = size == 8 && !is_wide(factors);
+  const Tensor wide_packed = is_mixed ? pack(factors, true) : packed;
+  job.weight_job.packed = packed.data_ptr();
+  job.wide_packed = wide_packed.data_ptr();
   const int64_t at_once = workspace / (partial_size(grid, ranks) * size);
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
@@ -264,7 +300,9 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
                   "input and factors: expected both float64, or neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
-  const TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
+  TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
+  const Tensor packed = pack(factors, is_wide(factors));
+  job.weight_job.packed = packed.data_ptr();
   const KernelTable& kernels = kernel_table();
   const int64_t rows = factors.B.rows, step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
   for_each_unit(count(rows, step), kernels.token_scratch(job), [&](int64_t unit, void* scratch) {

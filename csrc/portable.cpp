@@ -4,6 +4,7 @@
 namespace {
 using F32 = Lanes<float, 8>;
 using F64 = Lanes<double, 4>;
+inline void fence() {}
 }  // namespace
 // after the vectors
 #include "kernels.h"

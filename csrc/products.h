@@ -2,21 +2,27 @@
 //
 // Every element is one chain of multiply-adds in a fixed order, so its bits do not depend on the tile that it is
 // computed in, nor on what else is computed beside it. Strides are compile-time constants: with variable ones the
-// compiler ran out of registers for pointers, and generating W took 1.8 times as long.
+// compiler ran out of registers for pointers.
 #pragma once
 
 #include "elements.h"
+
+// What works in registers must not be left to the compiler's judgement: a call passes vectors through memory.
+#define DUAL_LORA_INLINE inline __attribute__((always_inline))
 
 namespace {
 
 using dual_lora::kRankStep;
 using dual_lora::padded_rank;
+using dual_lora::stepped_rank;
 
-// A factor pair of a unit, packed. `down`: [padded rank, kStride]. `up`: [blocks of kRowBlock rows, padded rank,
-// kRowBlock], so that a block's column is dense. Blocks of W, H and gradients have rows of kStride too.
+// A factor pair of a unit, packed. `down`: [padded rank, kStride]; `down_t`: the same, [kUnitCols, padded rank]; `up`:
+// [blocks of kRowBlock rows, padded rank, kRowBlock], so that a block's column is dense. Blocks of W, H and gradients
+// have rows of kStride too.
 template <class T>
 struct Pair {
   T* down;
+  T* down_t;
   T* up;
   int64_t rank;
 
@@ -25,7 +31,7 @@ struct Pair {
 
 // product[i][c] = Σ_r up[r, i] · down[r, vector c].
 template <class V, int R, int C>
-inline void rank_product(const typename V::scalar* up, const typename V::scalar* down, int64_t rank,
+DUAL_LORA_INLINE void rank_product(const typename V::scalar* up, const typename V::scalar* down, int64_t rank,
                          V (&product)[R][C]) {
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
@@ -47,17 +53,14 @@ inline void rank_product(const typename V::scalar* up, const typename V::scalar*
   }
 }
 
-// Calls sink(row, col, p, q) for the vectors of one tile of a block.
+// Calls sink(row, col, p, q) with the R × C vectors of one tile of a block.
 template <class V, int R, int C, class Sink>
-inline void tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction, int64_t block,
+DUAL_LORA_INLINE void tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction, int64_t block,
                  int64_t row, int64_t col, Sink& sink) {
   V p[R][C], q[R][C];
   rank_product<V, R, C>(magnitude.up_block(block) + row, magnitude.down + col, magnitude.rank, p);
   rank_product<V, R, C>(direction.up_block(block) + row, direction.down + col, direction.rank, q);
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) sink(row + i, col + c * V::lanes, p[i][c], q[i][c]);
+  sink(row, col, p, q);
 }
 
 template <class V, int R, int C, class Sink>
@@ -68,21 +71,21 @@ inline void tile_column(const Pair<typename V::scalar>& magnitude, const Pair<ty
   for (; i < rows; ++i) tile<V, 1, C>(magnitude, direction, block, i, col, sink);
 }
 
-// Calls sink(row, col, p, q) for every vector of the block that begins at the unit's row `block`; `cols` is a multiple
-// of V::lanes.
+// Calls `sink` for every tile of columns first … last of the block that begins at the unit's row `block`; both are
+// multiples of V::lanes. Of the tiles that fit 32 vector registers, 4 × 3 vectors measured fastest.
 template <class V, class Sink>
-inline void for_each_product(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction,
-                             int64_t block, int64_t rows, int64_t cols, Sink&& sink) {
-  constexpr int R = 4, C = 3;
-  int64_t j = 0;
-  for (; j + C * V::lanes <= cols && cols - j != 4 * V::lanes; j += C * V::lanes) tile_column<V, R, C>(magnitude, direction, block, rows, j, sink);
-  for (; j + 2 * V::lanes <= cols; j += 2 * V::lanes) tile_column<V, R, 2>(magnitude, direction, block, rows, j, sink);
-  for (; j < cols; j += V::lanes) tile_column<V, R, 1>(magnitude, direction, block, rows, j, sink);
+inline void for_each_tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction,
+                          int64_t block, int64_t rows, int64_t first, int64_t last, Sink&& sink) {
+  int64_t j = first;
+  for (; j + 3 * V::lanes <= last && last - j != 4 * V::lanes; j += 3 * V::lanes)
+    tile_column<V, 4, 3>(magnitude, direction, block, rows, j, sink);
+  for (; j + 2 * V::lanes <= last; j += 2 * V::lanes) tile_column<V, 4, 2>(magnitude, direction, block, rows, j, sink);
+  for (; j < last; j += V::lanes) tile_column<V, 4, 1>(magnitude, direction, block, rows, j, sink);
 }
 
 // sums[r, vector c] += Σ_i up[r, i] · block[i, vector c] for R values of r and C vectors.
 template <class V, int R, int C>
-inline void contract_rows(const typename V::scalar* block, int64_t rows, const typename V::scalar* up,
+inline void sum_over_rows(const typename V::scalar* block, int64_t rows, const typename V::scalar* up,
                           typename V::scalar* sums) {
   V total[R][C];
 #pragma GCC unroll 16
@@ -106,64 +109,99 @@ inline void contract_rows(const typename V::scalar* block, int64_t rows, const t
     for (int c = 0; c < C; ++c) total[r][c].store(sums + r * kStride + c * V::lanes);
 }
 
-// The whole of it: block [rows, cols], sums [rank, kStride]; rank a multiple of kRankStep.
-template <class V>
-inline void contract_rows(const typename V::scalar* block, int64_t rows, int64_t cols, const typename V::scalar* up,
-                          int64_t rank, typename V::scalar* sums) {
-  constexpr int R = kRankStep, C = 2;
-  int64_t j = 0;
-  for (; j + C * V::lanes <= cols; j += C * V::lanes) {
-    int64_t r = 0;
-    for (; r + 2 * R <= rank; r += 2 * R)
-      contract_rows<V, 2 * R, C>(block + j, rows, up + r * kRowBlock, sums + r * kStride + j);
-    for (; r < rank; r += R) contract_rows<V, R, C>(block + j, rows, up + r * kRowBlock, sums + r * kStride + j);
-  }
-  for (; j < cols; j += V::lanes)
-    for (int64_t r = 0; r < rank; r += R)
-      contract_rows<V, R, 1>(block + j, rows, up + r * kRowBlock, sums + r * kStride + j);
+template <class V, int C>
+inline void sum_over_rows(const typename V::scalar* block, int64_t rows, const typename V::scalar* up, int64_t rank,
+                          typename V::scalar* sums) {
+  constexpr int R = V::registers / 4;
+  int64_t r = 0;
+  for (; r + R <= rank; r += R) sum_over_rows<V, R, C>(block, rows, up + r * kRowBlock, sums + r * kStride);
+  for (; r < rank; r += kRankStep)
+    sum_over_rows<V, kRankStep, C>(block, rows, up + r * kRowBlock, sums + r * kStride);
 }
 
-// sums[i, r] += Σ over vectors of block[i, :] · down[r, :], lane by lane; sums are whole vectors.
-template <class V, int I, int R>
-inline void contract_columns(const typename V::scalar* block, int64_t cols, const typename V::scalar* down,
-                             typename V::scalar* sums, int64_t sums_stride) {
-  V total[I][R];
+// The whole of it: block [rows, cols], sums [rank, kStride]; rank a multiple of kRankStep.
+template <class V>
+inline void sum_over_rows(const typename V::scalar* block, int64_t rows, int64_t cols, const typename V::scalar* up,
+                          int64_t rank, typename V::scalar* sums) {
+  int64_t j = 0;
+  for (; j + 3 * V::lanes <= cols; j += 3 * V::lanes) sum_over_rows<V, 3>(block + j, rows, up, rank, sums + j);
+  for (; j < cols; j += V::lanes) sum_over_rows<V, 1>(block + j, rows, up, rank, sums + j);
+}
+
+// sums[i, vector of r] += Σ_j block[i, j] · down_t[j, vector of r] for I rows.
+template <class V, int I>
+inline void sum_over_columns(const typename V::scalar* block, int64_t cols, const typename V::scalar* down_t,
+                             int64_t rank_stride, typename V::scalar* sums, int64_t sums_stride) {
+  V total[I];
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) total[i] = V::load(sums + i * sums_stride);
+  for (int64_t j = 0; j < cols; ++j, down_t += rank_stride) {
+    const V line = V::load(down_t);
+#pragma GCC unroll 16
+    for (int i = 0; i < I; ++i) total[i] = fma(V::set(block[i * kStride + j]), line, total[i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < I; ++i) total[i].store(sums + i * sums_stride);
+}
+
+// The whole of it: block [rows, cols], down_t [cols, padded rank], sums [rows, sums_stride].
+template <class V>
+inline void sum_over_columns(const typename V::scalar* block, int64_t rows, int64_t cols,
+                             const typename V::scalar* down_t, int64_t rank, typename V::scalar* sums,
+                             int64_t sums_stride) {
+  constexpr int I = V::registers / 2;
+  for (int64_t r = 0; r < rank; r += V::lanes) {
+    int64_t i = 0;
+    for (; i + I <= rows; i += I)
+      sum_over_columns<V, I>(block + i * kStride, cols, down_t + r, padded_rank(rank), sums + i * sums_stride + r,
+                             sums_stride);
+    for (; i < rows; ++i)
+      sum_over_columns<V, 1>(block + i * kStride, cols, down_t + r, padded_rank(rank), sums + i * sums_stride + r,
+                             sums_stride);
+  }
+}
+
+// sums[i, t] += block[i, :] · x[t, :], lane by lane, for I rows and X tokens; sums are whole vectors.
+template <class V, int I, int X>
+inline void token_product(const typename V::scalar* block, int64_t cols, const typename V::scalar* x,
+                          typename V::scalar* sums, int64_t sums_stride) {
+  V total[I][X];
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) total[i][r] = V::load(sums + i * sums_stride + r * V::lanes);
+    for (int t = 0; t < X; ++t) total[i][t] = V::load(sums + i * sums_stride + t * V::lanes);
   for (int64_t j = 0; j < cols; j += V::lanes) {
-    V line[R];
+    V line[X];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) line[r] = V::load(down + r * kStride + j);
+    for (int t = 0; t < X; ++t) line[t] = V::load(x + t * kStride + j);
 #pragma GCC unroll 16
     for (int i = 0; i < I; ++i) {
       const V values = V::load(block + i * kStride + j);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) total[i][r] = fma(values, line[r], total[i][r]);
+      for (int t = 0; t < X; ++t) total[i][t] = fma(values, line[t], total[i][t]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) total[i][r].store(sums + i * sums_stride + r * V::lanes);
+    for (int t = 0; t < X; ++t) total[i][t].store(sums + i * sums_stride + t * V::lanes);
 }
 
-// The whole of it: block [rows, cols], down [rank, kStride]; sums [rows, sums_stride], rank a multiple of R.
-template <class V, int R>
-inline void contract_columns(const typename V::scalar* block, int64_t rows, int64_t cols,
-                             const typename V::scalar* down, int64_t rank, typename V::scalar* sums,
-                             int64_t sums_stride) {
+// The whole of it: block [rows, cols], x [tokens, kStride], sums [rows, tokens] vectors; tokens a multiple of X.
+template <class V, int X>
+inline void token_product(const typename V::scalar* block, int64_t rows, int64_t cols, const typename V::scalar* x,
+                          int64_t tokens, typename V::scalar* sums) {
   constexpr int I = 4;
+  const int64_t sums_stride = tokens * V::lanes;
   int64_t i = 0;
   for (; i + I <= rows; i += I)
-    for (int64_t r = 0; r < rank; r += R)
-      contract_columns<V, I, R>(block + i * kStride, cols, down + r * kStride,
-                                sums + i * sums_stride + r * V::lanes, sums_stride);
+    for (int64_t t = 0; t < tokens; t += X)
+      token_product<V, I, X>(block + i * kStride, cols, x + t * kStride, sums + i * sums_stride + t * V::lanes,
+                             sums_stride);
   for (; i < rows; ++i)
-    for (int64_t r = 0; r < rank; r += R)
-      contract_columns<V, 1, R>(block + i * kStride, cols, down + r * kStride,
-                                sums + i * sums_stride + r * V::lanes, sums_stride);
+    for (int64_t t = 0; t < tokens; t += X)
+      token_product<V, 1, X>(block + i * kStride, cols, x + t * kStride, sums + i * sums_stride + t * V::lanes,
+                             sums_stride);
 }
 
 }  // namespace

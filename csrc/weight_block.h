@@ -2,24 +2,25 @@
 #pragma once
 
 #include "formula.h"
-#include "products.h"
+#include "packed_factors.h"
 #include "scratch.h"
 
 namespace {
 
-using dual_lora::kUnitRows;
 using dual_lora::WeightJob;
-
-template <class V>
-constexpr int64_t padded_cols(int64_t cols) {
-  return (cols + V::lanes - 1) / V::lanes * V::lanes;
-}
 
 // Whether vectors can be read from and written to a matrix itself.
 template <class V>
 inline bool is_direct(const Matrix& m, int64_t cols) {
   const Dtype own = sizeof(typename V::scalar) == 4 ? Dtype::float32 : Dtype::float64;
   return m.dtype == own && m.col_stride == 1 && cols % V::lanes == 0;
+}
+
+// Whether every vector of dense rows begins at a multiple of its size, as streaming stores need.
+template <class V>
+inline bool is_aligned(const typename V::scalar* rows, int64_t stride) {
+  const size_t bytes = V::lanes * sizeof(typename V::scalar);
+  return reinterpret_cast<uintptr_t>(rows) % bytes == 0 && static_cast<size_t>(stride) % V::lanes == 0;
 }
 
 // Takes P and Q of a unit's blocks, kRowBlock rows at a time: begin(), put() for every vector, end(). What cannot be
@@ -56,9 +57,11 @@ class WeightBlock {
     base_stride_ = out_stride_ = kStride;
     base_rows_ = nullptr;
     out_rows_ = out_block_;
+    streams_ = false;
     if (!is_widened() && is_direct<V>(out, cols_)) {
       out_rows_ = static_cast<T*>(out.data);
       out_stride_ = out.row_stride;
+      streams_ = job_.streams && is_aligned<V>(out_rows_, out_stride_);
     }
     if (job_.weight.data == nullptr || is_widened()) {
       if (is_widened()) base_ = at(job_.weight, row, col_);
@@ -74,19 +77,43 @@ class WeightBlock {
     }
   }
 
-  // One vector of the block; W is of the vector's type, not yet rounded.
-  void put(int64_t row, int64_t col, V p, V q) {
-    V total = update(p, q, scale_);
+  // One tile of the block; W is of the vector's type, not yet rounded. All loads come before the stores: rows of W0 and
+  // of the output tend to be multiples of 4 KiB apart, and a load that follows such a store waits for it.
+  template <int R, int C>
+  DUAL_LORA_INLINE void put(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
+    V total[R][C];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) total[i][c] = update(p[i][c], q[i][c], scale_);
     if (base_rows_ != nullptr) {
       const T* base = base_rows_ + row * base_stride_ + col;
-      // The next block's rows, far apart in memory, one line at a time.
-      __builtin_prefetch(base + kRowBlock * base_stride_, 0, 2);
-      total = add(V::load(base), total);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) {
+          const T* from = base + i * base_stride_ + c * V::lanes;
+          // The next block's rows, far apart in memory, one line at a time.
+          __builtin_prefetch(from + kRowBlock * base_stride_, 0, 2);
+          total[i][c] = add(V::load(from), total[i][c]);
+        }
     }
-    total.store(out_rows_ + row * out_stride_ + col);
+    T* out = out_rows_ + row * out_stride_ + col;
+    if (streams_) {
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) total[i][c].stream(out + i * out_stride_ + c * V::lanes);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) total[i][c].store(out + i * out_stride_ + c * V::lanes);
+    }
   }
 
   void end() {
+    if (streams_) fence();
     const Field field = job_.dithers ? Field{row_hashes_, column_hashes_} : Field{nullptr, nullptr};
     if (is_widened()) {
       load_block<Lanes<double, 1>>(base_, rows_, cols_, sums_, kStride, cols_);
@@ -115,55 +142,7 @@ class WeightBlock {
   const T* base_rows_ = nullptr;
   T* out_rows_ = nullptr;
   int64_t base_stride_ = 0, out_stride_ = 0;
-};
-
-// Both pairs of a unit in the accumulation type, columns and ranks padded with zeros.
-template <class V>
-class PackedFactors {
-  using T = typename V::scalar;
-
- public:
-  Pair<T> magnitude, direction;
-
-  PackedFactors(Scratch& scratch, const dual_lora::Factors& factors, int64_t unit_rows)
-      : magnitude(take(scratch, factors.A.rows, unit_rows)),
-        direction(take(scratch, factors.C.rows, unit_rows)),
-        rows_(scratch.take<T>(kRowBlock * padded_rank(larger(factors.A.rows, factors.C.rows)))) {}
-
-  void pack_columns(const dual_lora::Factors& factors, int64_t col, int64_t cols) {
-    pack_down(factors.A, col, cols, magnitude);
-    pack_down(factors.C, col, cols, direction);
-  }
-
-  void pack_rows(const dual_lora::Factors& factors, int64_t row, int64_t rows) {
-    pack_up(factors.B, row, rows, magnitude);
-    pack_up(factors.D, row, rows, direction);
-  }
-
- private:
-  static int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
-  static Pair<T> take(Scratch& scratch, int64_t rank, int64_t unit_rows) {
-    T* down = scratch.take<T>(padded_rank(rank) * kStride);
-    return {down, scratch.take<T>(padded_rank(rank) * unit_rows), rank};
-  }
-
-  static void pack_down(const Matrix& down, int64_t col, int64_t cols, const Pair<T>& pair) {
-    load_block<V>(at(down, 0, col), pair.rank, cols, pair.down, kStride, padded_cols<V>(cols));
-    for (int64_t i = pair.rank * kStride; i < padded_rank(pair.rank) * kStride; ++i) pair.down[i] = 0;
-  }
-
-  void pack_up(const Matrix& up, int64_t row, int64_t rows, const Pair<T>& pair) {
-    const int64_t rank = padded_rank(pair.rank);
-    for (int64_t start = 0; start < rows; start += kRowBlock) {
-      const int64_t block = smaller(kRowBlock, rows - start);
-      load_block<V>(at(up, row + start, 0), block, pair.rank, rows_, rank, rank);
-      for (int64_t r = 0; r < rank; ++r)
-        for (int64_t i = 0; i < block; ++i) pair.up[start * rank + r * kRowBlock + i] = rows_[i * rank + r];
-    }
-  }
-
-  T* rows_;
+  bool streams_ = false;
 };
 
 }  // namespace

@@ -10,10 +10,12 @@ namespace {
 struct F32 {
   using scalar = float;
   static constexpr int lanes = 4;
+  static constexpr int registers = 32;
   float32x4_t v;
   static F32 load(const float* p) { return {vld1q_f32(p)}; }
   static F32 set(float x) { return {vdupq_n_f32(x)}; }
   void store(float* p) const { vst1q_f32(p, v); }
+  void stream(float* p) const { store(p); }
   static F32 load_half(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
   void store_half(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
 };
@@ -21,11 +23,15 @@ struct F32 {
 struct F64 {
   using scalar = double;
   static constexpr int lanes = 2;
+  static constexpr int registers = 32;
   float64x2_t v;
   static F64 load(const double* p) { return {vld1q_f64(p)}; }
   static F64 set(double x) { return {vdupq_n_f64(x)}; }
   void store(double* p) const { vst1q_f64(p, v); }
+  void stream(double* p) const { store(p); }
 };
+
+inline void fence() {}
 
 inline F32 fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {vfmaq_f64(c.v, a.v, b.v)}; }

@@ -13,6 +13,7 @@ template <class T, int n>
 struct Lanes {
   using scalar = T;
   static constexpr int lanes = n;
+  static constexpr int registers = 16;
   T v[n];
   static Lanes load(const T* p) {
     Lanes x;
@@ -27,6 +28,7 @@ struct Lanes {
   void store(T* p) const {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
+  void stream(T* p) const { store(p); }
   static Lanes load_half(const uint16_t* p) {
     Lanes x;
     for (int i = 0; i < n; ++i) x.v[i] = half_to_float(p[i]);
