@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dual_lora_kernels import DualLoraLinear
+from dual_lora_kernels import DualLoraLinear, dual_lora_linear
 from dual_lora_kernels.reference import SignStraightThrough
 
 ALPHA = 32.0
@@ -63,6 +63,15 @@ class NaiveDualLora(nn.Module):
         return nn.functional.linear(input, self.weight + self.scale * torch.relu(self.B @ self.A) * sign)
 
 
+class EagerDualLora(DualLoraLinear):
+    """`DualLoraLinear` on the eager backend, whatever else there is."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] → [..., out_features]."""
+        factors = (self.A, self.B, self.C, self.D)
+        return dual_lora_linear(input, self.weight, *factors, self.scale, self.bias, backend="eager")
+
+
 class _Model(nn.Module):
     """The smallest model that PEFT adapts: it looks for layers by name inside a model."""
 
@@ -94,6 +103,7 @@ METHODS: dict[str, Builder] = {
     "loha": lambda linear, r1, r2: _peft(linear, "LoHaConfig", r=(r1 + r2) // 2, alpha=int(ALPHA)),
     "hira": lambda linear, r1, r2: _peft(linear, "HiraConfig", r=r1 + r2),
     "naive": NaiveDualLora,
+    "dual_lora_eager": lambda linear, r1, r2: EagerDualLora.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
     "dual_lora": lambda linear, r1, r2: DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
 }
 LABELS = {
@@ -103,6 +113,7 @@ LABELS = {
     "loha": "PEFT LoHa",
     "hira": "PEFT HiRA",
     "naive": "naive Dual LoRA",
+    "dual_lora_eager": "dual_lora_kernels, eager",
     "dual_lora": "dual_lora_kernels",
 }
 

@@ -36,7 +36,7 @@ def workspace_bytes() -> int:
     return _workspace_bytes
 
 
-def _panels(extent: int, bytes_per_line: int, budget: int) -> list[tuple[int, int]]:
+def split(extent: int, bytes_per_line: int, budget: int) -> list[tuple[int, int]]:
     """Split `extent` lines into as few, nearly equal panels of at most `budget` bytes as possible.
 
     They start at multiples of 64 lines where that many fit: GPUs load and multiply unaligned columns slower.
@@ -63,7 +63,7 @@ def forward(
     if x.shape[0] == 0:
         return y
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
-    panels = _panels(out_features, in_features * x.itemsize, budget)
+    panels = split(out_features, in_features * x.itemsize, budget)
     buffer = x.new_empty(max(stop - start for start, stop in panels), in_features)
     for start, stop in panels:
         panel = buffer[: stop - start]
@@ -85,7 +85,7 @@ def input_gradient(
     if grad.shape[0] == 0:
         return grad_x
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
-    panels = _panels(in_features, out_features * grad.itemsize, budget)
+    panels = split(in_features, out_features * grad.itemsize, budget)
     buffer = grad.new_empty(max(stop - start for start, stop in panels) * out_features)
     for start, stop in panels:
         panel = buffer[: out_features * (stop - start)].view(out_features, stop - start)
@@ -113,7 +113,7 @@ def parameter_gradients(
     dtype = accumulation_dtype(torch.promote_types(x.dtype, factors.A.dtype))
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
-    panels = _panels(out_features, in_features * dtype.itemsize, budget - cast_budget)
+    panels = split(out_features, in_features * dtype.itemsize, budget - cast_budget)
     buffer = x.new_empty((max(stop - start for start, stop in panels), in_features), dtype=dtype)
     for start, stop in panels:
         h = buffer[: stop - start]
@@ -149,7 +149,7 @@ def gradients(
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
     bytes_each = dtype.itemsize + (0 if dtype == grad.dtype else grad.itemsize)
-    panels = _panels(in_features, out_features * bytes_each, budget - cast_budget)
+    panels = split(in_features, out_features * bytes_each, budget - cast_budget)
     largest = max(stop - start for start, stop in panels)
     h_buffer = x.new_empty(largest * out_features, dtype=dtype)
     w_buffer = h_buffer if dtype == grad.dtype else grad.new_empty(largest * out_features)
@@ -177,7 +177,7 @@ def gradients(
 
 def merge_(weight: torch.Tensor, factors: Factors, rounding: str, backend: Backend) -> None:
     """W0 ← round(W0 + ΔW) in place, over row panels: the bits that `forward` uses in the weight's dtype."""
-    for start, stop in _panels(weight.shape[0], weight.shape[1] * weight.itemsize, _workspace_bytes):
+    for start, stop in split(weight.shape[0], weight.shape[1] * weight.itemsize, _workspace_bytes):
         rows = weight[start:stop]
         backend.effective_weight(rows, rows, factors.rows(start, stop), start, 0, rounding, _workspace_bytes)
 
@@ -201,4 +201,4 @@ def _token_product(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, cast_
 
 def _token_chunks(tokens: int, bytes_per_token: int, budget: int) -> Iterator[tuple[int, int]]:
     """Token ranges whose widened operands fit in `budget` bytes."""
-    yield from _panels(tokens, bytes_per_token, budget) if tokens else ()
+    yield from split(tokens, bytes_per_token, budget) if tokens else ()

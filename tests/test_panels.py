@@ -210,7 +210,7 @@ def test_sums_are_deterministic(device: torch.device, backend: str, small_worksp
 
 @given(extent=st.integers(1, 5000), bytes_per_line=st.integers(1, 4000), budget=st.integers(1, 100_000))
 def test_panels_cover_once_within_the_budget(extent: int, bytes_per_line: int, budget: int) -> None:
-    ranges = panels._panels(extent, bytes_per_line, budget)
+    ranges = panels.split(extent, bytes_per_line, budget)
     assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
     assert ranges[-1][1] == extent
     sizes = [stop - start for start, stop in ranges]

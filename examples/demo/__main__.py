@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from dual_lora_kernels import available_backends
-
 from .curves import draw_curves
 from .data import InputError
 from .experiment import Base, adapt, prepare_base
 from .models import METHODS, load_base
 from .options import Settings, build_parser, settings_from
-from .report import Results, print_report, write_json, write_markdown
+from .report import Results, backend_in_use, device_name, print_report, write_json, write_markdown
 from .training import TrainingRun, evaluate
 from .verification import Verification, verify
 
@@ -30,8 +28,7 @@ VERIFIED_BLOCKS = 4
 def compare(settings: Settings, console: Console) -> Results:
     """Runs every stage and returns what was found; writes nothing but the checkpoints."""
     started = time.perf_counter()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    console.print(f"Device: {device}; Dual LoRA backends: {', '.join(available_backends())}")
+    console.print(f"Device: {device_name()}; Dual LoRA runs on backend {backend_in_use(settings.dtype)}")
     base = prepare_base(settings, console)
     model = load_base(base.checkpoint, settings.dtype)
     base_parameters = model.num_parameters()

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dual_lora_kernels import available_backends
+from dual_lora_kernels.backends import default_backend, resolve_backend
 
 from .models import METHODS
 from .options import Settings
@@ -41,14 +41,25 @@ class Results:
     seconds: float
 
 
-def environment() -> dict[str, Any]:
+def device_name() -> str:
+    """What the demo runs on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def backend_in_use(dtype: str) -> str:
+    """The backend that Dual LoRA's layers run on, with their fp32 factors on a base of `dtype`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend(default_backend(), device, getattr(torch, dtype), torch.float32)
+    return f"'{backend.name}' ({backend.description()})"
+
+
+def environment(dtype: str) -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
-    cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "dual_lora_backends": list(available_backends()),
+        "device": device_name(),
+        "dual_lora_backend": backend_in_use(dtype),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
 
@@ -142,7 +153,7 @@ def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> s
 
 def write_markdown(results: Results, path: Path, curves: Path) -> None:
     """The report for people."""
-    about = environment()
+    about = environment(results.settings.dtype)
     parts = [
         "# Dual LoRA demo",
         markdown_table(HEADINGS, rows(results)),
@@ -154,15 +165,15 @@ def write_markdown(results: Results, path: Path, curves: Path) -> None:
         parts.append(f"## Save, reload, merge\n\n{checks}")
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     parts.append(
-        f"{about['device']}; Python {about['python']}, {versions}; Dual LoRA backends: "
-        f"{', '.join(about['dual_lora_backends'])}; {results.seconds:.0f} s in all."
+        f"{about['device']}; Python {about['python']}, {versions}; Dual LoRA on backend "
+        f"{about['dual_lora_backend']}; {results.seconds:.0f} s in all."
     )
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def write_json(results: Results, path: Path) -> None:
     """The report for programs, with every training loss."""
-    document = {**dataclasses.asdict(results), "environment": environment()}
+    document = {**dataclasses.asdict(results), "environment": environment(results.settings.dtype)}
     document["final_held_out_loss"] = {name: run.final_held_out_loss for name, run in results.runs.items()}
     document["failures"] = results.verification.failures if results.verification is not None else []
     path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
