@@ -53,6 +53,7 @@ gpu-session: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.layer_step
+	$(PYTHON) -m benchmarks.cpu_backend
 	$(PYTHON) -m benchmarks.dither_table
 
 clean:
