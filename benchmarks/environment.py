@@ -14,20 +14,11 @@ from typing import Any
 import torch
 
 import dual_lora_kernels
+from dual_lora_kernels.doctor import processor
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _AMD_DRIVER = Path("/sys/module/amdgpu/version")
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """Short names of dtypes, on command lines and in file names."""
-
-
-def cpu_model() -> str:
-    """The processor's name; on Linux from /proc, since `platform` knows only the architecture there."""
-    if _CPU_INFO.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
 
 
 def device_kind(device: torch.device) -> str:
@@ -103,7 +94,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "gpu": gpu(device),
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dual_lora_kernels import available_backends, dual_lora_linear, set_strategy, strategy
-from dual_lora_kernels.backends import resolve_backend
+from dual_lora_kernels.backends import candidates, resolve_backend
 from dual_lora_kernels.backends import triton as triton_backend
+from dual_lora_kernels.backends.eager import EagerBackend
+from dual_lora_kernels.backends.native import NativeBackend
 
 from .problems import gaussian
 
@@ -38,6 +40,30 @@ def test_without_triton_the_backend_is_not_available_and_says_what_to_install(mo
     assert _resolve("auto") in ("native", "eager")
     with pytest.raises(ValueError, match="pip install triton"):
         _resolve("triton")
+
+
+def _reasons(name: str) -> dict[str, str | None]:
+    found = candidates(name, torch.device("cpu"), torch.float32, torch.float32)
+    return {backend.name: reason for backend, reason in found}
+
+
+def test_candidates_come_in_order_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_import_failure", lambda: None)
+    monkeypatch.setattr(triton_backend.TritonBackend, "supports", lambda *_: None)
+    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: "no compiler")
+    reasons = {"triton": "Triton's interpreter is for tests", "native": "no compiler", "eager": None}
+    assert list(_reasons("auto").items()) == list(reasons.items())
+    assert _reasons("triton") == {"triton": None}, "reserved, and so for those who name it"
+
+
+def test_a_call_that_is_served_asks_no_further_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(NativeBackend, "description", lambda _: "a stand-in")
+    monkeypatch.setattr(EagerBackend, "unavailable", fail)
+    assert _resolve("auto") == "native"
 
 
 def test_the_package_works_where_triton_cannot_be_imported() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from .._logging import logger
@@ -18,6 +20,7 @@ __all__ = [
     "FusedPasses",
     "SharedProducts",
     "available_backends",
+    "candidates",
     "resolve_backend",
     "set_default_backend",
 ]
@@ -52,6 +55,21 @@ def default_backend() -> str:
     return _default
 
 
+def candidates(
+    name: str, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype
+) -> Iterator[tuple[Backend, str | None]]:
+    """The backends that `name` admits, in order of preference, each with None or its reason not to serve such a call.
+
+    Lazy: a call that is served asks none of the backends after the one that serves it, and so loads none of their
+    libraries.
+    """
+    for backend in _BACKENDS.values() if name == "auto" else (_BACKENDS[name],):
+        reason = backend.unavailable() or backend.supports(device, compute_dtype, factor_dtype)
+        if name == "auto":
+            reason = reason or backend.reserved(device)
+        yield backend, reason
+
+
 def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> Backend:
     """The backend that serves a call.
 
@@ -60,10 +78,7 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype,
     """
     check_backend_name(name)
     reasons: list[str] = []
-    for candidate in _BACKENDS.values() if name == "auto" else (_BACKENDS[name],):
-        reason = candidate.unavailable() or candidate.supports(device, compute_dtype, factor_dtype)
-        if name == "auto":
-            reason = reason or candidate.reserved(device)
+    for candidate, reason in candidates(name, device, compute_dtype, factor_dtype):
         if reason is None:
             if (candidate.name, device.type) not in _announced:
                 _announced.add((candidate.name, device.type))
