@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 from .backends import check_backend_name, default_backend
@@ -115,12 +116,20 @@ def dual_lora_linear(
     Raises:
         ValueError, TypeError: an argument's shape, rank, dtype, device, name or number is not as above; the message
             names the argument, its value and what was expected.
-        NotImplementedError: under a functorch transform (vmap, grad, …), or from a double backward.
+        NotImplementedError: under a functorch transform (vmap, grad, …) or forward-mode differentiation, or from a
+            double backward.
     """
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "dual_lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, …): its kernels are "
             "opaque to them. Use autograd's backward, one call per sample where vmap was meant."
+        )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (input, weight, A, B, C, D, bias)
+    ):
+        raise NotImplementedError(
+            "dual_lora_linear does not support forward-mode differentiation: its kernels would drop the tangent. Use "
+            "autograd's backward."
         )
     check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)

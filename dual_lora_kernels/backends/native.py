@@ -17,7 +17,7 @@ from ..rounding import is_dithered
 from .base import FactorGradients, Factors
 
 _PACKAGE = Path(__file__).parents[1]
-_FEW_TOKENS = 16
+_FEW_TOKENS = 64
 """Tokens up to which W is multiplied in cache, row by row, instead of panel by panel (docs/decisions.md)."""
 _ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
 """Numbers as in csrc/job.h."""
