@@ -199,11 +199,11 @@ template <class V>
 struct TokenMemory {
   using T = typename V::scalar;
   WeightBlock<V> block;
-  T* weight;   // W of one block, as numbers on the output dtype's grid
+  T* weight;  // W of one block, as numbers on the output dtype's grid
   void* rounded;  // the same in the output dtype, where that is narrower
-  T* x;
+  T* x;  // [tokens, kStride]
   T* sums;  // [kTokenRows, tokens] vectors
-  T* y;     // [kRowBlock, kTokenRows]
+  T* y;  // [kTokenRows], of one token; so is the bias
   T* bias;
   size_t used;
 

@@ -112,8 +112,8 @@ struct Grid {
   }
 };
 
-// At most kUnitCols columns, and rows to make at least `units` units of a large block: fewer rows pack the factors'
-// columns more often, more leave cores without work.
+// Units of kUnitCols columns, with rows to make at least `units` of them in a large block: fewer rows load the factors'
+// columns into cache more often, more leave cores without work.
 Grid grid_of(const Factors& factors, int64_t units) {
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
   const int64_t wanted = count(rows * count(cols, kUnitCols), units);
