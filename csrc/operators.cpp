@@ -271,7 +271,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const Tensor wide_packed = is_mixed ? pack(factors, true) : packed;
   job.weight_job.packed = packed.data_ptr();
   job.wide_packed = wide_packed.data_ptr();
-  const int64_t at_once = workspace / (partial_size(grid, ranks) * size);
+  const int64_t at_once = workspace / std::max<int64_t>(1, partial_size(grid, ranks) * size);  // without a rank: none
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
   const Tensor memory = torch::stable::empty({chunks * strips * partial_size(grid, ranks)}, h.scalar_type());
