@@ -6,6 +6,7 @@ tests/test_native_operators.py runs this file again on the processor's other ins
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,6 +235,15 @@ def test_special_values_in_few_tokens(value: float, name: str) -> None:
         expected = problem.x @ weight.t() + problem.bias
         computed = _few_tokens(problem.x, problem.weight, problem.factors, problem.bias, "nearest")
         assert torch.equal(numbers(computed), numbers(expected))
+
+
+def test_a_wide_scale_multiplies_a_wide_h() -> None:
+    """The update is fp32 for fp32 factors, but s·H of an fp64 H has fp64's bits."""
+    problem = replace(exact(1, 40, 50, 4, 4), scale=torch.tensor(0.1, dtype=torch.float64))
+    h = torch.randn(40, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = reference_gradients(problem, h, "dorefa")
+    for ours, theirs in zip(_gradients(problem, h, "dorefa"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)  # sums of fp64; fp32's 0.1 is off by 1e-8
 
 
 # ---- the same bits
