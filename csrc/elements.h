@@ -156,24 +156,25 @@ inline Matrix at(Matrix m, int64_t row, int64_t col) {
 }
 
 // Strided elements into rows of kPiece dense ones, or back; at most kRowBlock rows and kPiece columns. Down the columns:
-// transposed weights have those in memory.
-template <class Unit, bool into_matrix>
-inline void transfer(const Matrix& m, int64_t rows, int64_t cols, void* dense) {
+// transposed weights have those in memory. Copied as bytes, since the elements are numbers elsewhere.
+template <size_t size, bool into_matrix>
+inline void transfer(const Matrix& m, int64_t rows, int64_t cols, unsigned char* dense) {
+  unsigned char* const data = static_cast<unsigned char*>(m.data);
+  const int64_t width = static_cast<int64_t>(size), row_stride = m.row_stride * width, col_stride = m.col_stride * width;
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
-      Unit* inside = static_cast<Unit*>(m.data) + i * m.row_stride + j * m.col_stride;
-      Unit* outside = static_cast<Unit*>(dense) + i * kPiece + j;
-      if (into_matrix) *inside = *outside;
-      else *outside = *inside;
+      unsigned char* inside = data + i * row_stride + j * col_stride;
+      unsigned char* outside = dense + (i * kPiece + j) * width;
+      std::memcpy(into_matrix ? inside : outside, into_matrix ? outside : inside, size);
     }
   }
 }
 
 template <bool into_matrix>
-inline void transfer(const Matrix& m, int64_t rows, int64_t cols, void* dense) {
-  if (size_of(m.dtype) == 8) transfer<uint64_t, into_matrix>(m, rows, cols, dense);
-  else if (size_of(m.dtype) == 4) transfer<uint32_t, into_matrix>(m, rows, cols, dense);
-  else transfer<uint16_t, into_matrix>(m, rows, cols, dense);
+inline void transfer(const Matrix& m, int64_t rows, int64_t cols, unsigned char* dense) {
+  if (size_of(m.dtype) == 8) transfer<8, into_matrix>(m, rows, cols, dense);
+  else if (size_of(m.dtype) == 4) transfer<4, into_matrix>(m, rows, cols, dense);
+  else transfer<2, into_matrix>(m, rows, cols, dense);
 }
 
 inline bool has_dense_rows(const Matrix& m, int64_t cols) { return m.col_stride == 1 || cols == 1; }
@@ -186,14 +187,14 @@ inline void load_block(const Matrix& m, int64_t rows, int64_t cols, typename V::
   if (has_dense_rows(m, cols)) {
     for (int64_t i = 0; i < rows; ++i) widen<V>(at(m, i, 0).data, m.dtype, to + i * stride, cols);
   } else {
-    uint64_t dense[kRowBlock * kPiece];
+    alignas(8) unsigned char dense[kRowBlock * kPiece * 8];
     for (int64_t start = 0; start < rows; start += kRowBlock) {
       const int64_t block = smaller(kRowBlock, rows - start);
       for (int64_t j = 0; j < cols; j += kPiece) {
         const int64_t piece = smaller(kPiece, cols - j);
         transfer<false>(at(m, start, j), block, piece, dense);
         for (int64_t i = 0; i < block; ++i)
-          widen<V>(reinterpret_cast<char*>(dense) + i * kPiece * size, m.dtype, to + (start + i) * stride + j, piece);
+          widen<V>(dense + i * kPiece * size, m.dtype, to + (start + i) * stride + j, piece);
       }
     }
   }
@@ -219,11 +220,11 @@ inline void store_block(const T* from, int64_t stride, const Matrix& m, int64_t 
     for (int64_t i = 0; i < rows; ++i) round_row(from + i * stride, at(m, i, 0).data, m.dtype, cols, field.row(i, 0));
     return;
   }
-  uint64_t dense[kRowBlock * kPiece];
+  alignas(8) unsigned char dense[kRowBlock * kPiece * 8];
   for (int64_t j = 0; j < cols; j += kPiece) {
     const int64_t piece = smaller(kPiece, cols - j);
     for (int64_t i = 0; i < rows; ++i)
-      round_row(from + i * stride + j, reinterpret_cast<char*>(dense) + i * kPiece * size, m.dtype, piece,
+      round_row(from + i * stride + j, dense + i * kPiece * size, m.dtype, piece,
                 field.row(i, j));
     transfer<true>(at(m, 0, j), rows, piece, dense);
   }

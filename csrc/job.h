@@ -34,7 +34,7 @@ struct Range {
 enum class Estimator : int64_t { clip, dorefa, xnor };
 
 // out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither. `packed`: the factors as
-// KernelTable::pack leaves them, in their own accumulation type.
+// KernelTable's packing leaves them, in their own accumulation type.
 struct WeightJob {
   Factors factors;
   void* packed;
@@ -68,7 +68,8 @@ struct Partials {
   void* up;
 };
 
-// Work is cut into units, rectangles that depend on the shape alone: sums have one order, whatever the number of threads.
+// Work is cut into units, rectangles that depend on the shape and the workspace: sums have one order, whatever the number
+// of threads.
 inline constexpr int64_t kUnitCols = 384;  // at most; a constant so that strides are known to the compiler
 inline constexpr int64_t kTokenRows = 64;
 inline constexpr int64_t kRowBlock = 16;  // rows that a kernel works on at a time
@@ -78,10 +79,11 @@ inline constexpr int64_t kRankStep = 4;   // ranks that a product works on at a 
 // (generating W took 1.5 times as long).
 inline constexpr int64_t kStride = kUnitCols + 16;
 
-// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set.
-constexpr int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
-constexpr int64_t stepped_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
-constexpr int64_t padded_ranks(const Factors& factors) {
+// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. Static, like all that
+// the kernels' files share: of inline functions the linker keeps one, with whatever instructions its file may use.
+static constexpr int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
+static constexpr int64_t stepped_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
+static constexpr int64_t padded_ranks(const Factors& factors) {
   return padded_rank(factors.A.rows) + padded_rank(factors.C.rows);
 }
 

@@ -109,13 +109,14 @@ inline void store_tile(const V (&values)[R][C], typename V::scalar* block) {
     for (int c = 0; c < C; ++c) values[i][c].store(block + i * kStride + c * V::lanes);
 }
 
-// Adds a chunk's contribution to the sums of a pair, `down` [rank, kStride] and `up` [rows, ranks].
+// Adds a chunk's contribution to the sums of a pair, `down` [rank, kStride] and `up` [rows, ranks]. Of its columns,
+// padded to whole vectors, `present` are the job's: in the others P may be 0 · ∞.
 template <class H>
 inline void contract(const typename H::scalar* grad, int64_t block, int64_t rows, int64_t col, int64_t cols,
-                     const Pair<typename H::scalar>& pair, typename H::scalar* down, typename H::scalar* up,
-                     int64_t ranks) {
+                     int64_t present, const Pair<typename H::scalar>& pair, typename H::scalar* down,
+                     typename H::scalar* up, int64_t ranks) {
   sum_over_rows<H>(grad + col, rows, cols, pair.up_block(block), stepped_rank(pair.rank), down + col);
-  sum_over_columns<H>(grad + col, rows, cols, pair.down_t + col * padded_rank(pair.rank), pair.rank, up, ranks);
+  sum_over_columns<H>(grad + col, rows, present, pair.down_t + col * padded_rank(pair.rank), pair.rank, up, ranks);
 }
 
 template <class V, class H>
@@ -171,10 +172,11 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
             store_gradients(h + i * h_stride + j, h_stride, p, q, job, work.grad_p + place, work.grad_q + place);
           }
       }
+      const int64_t present = smaller(stop, range.cols) - chunk;
       if (job.magnitude)
-        contract<H>(work.grad_p, start, rows, chunk, stop - chunk, wide_magnitude, work.down, work.up, ranks);
+        contract<H>(work.grad_p, start, rows, chunk, stop - chunk, present, wide_magnitude, work.down, work.up, ranks);
       if (job.direction)
-        contract<H>(work.grad_q, start, rows, chunk, stop - chunk, wide_direction,
+        contract<H>(work.grad_q, start, rows, chunk, stop - chunk, present, wide_direction,
                     work.down + magnitude_rank * kStride, work.up + magnitude_rank, ranks);
     }
     if (writes_weight) work.block.end();
@@ -197,11 +199,11 @@ template <class V>
 struct TokenMemory {
   using T = typename V::scalar;
   WeightBlock<V> block;
-  T* weight;   // W of one block, as numbers on the output dtype's grid
+  T* weight;  // W of one block, as numbers on the output dtype's grid
   void* rounded;  // the same in the output dtype, where that is narrower
-  T* x;
+  T* x;  // [tokens, kStride]
   T* sums;  // [kTokenRows, tokens] vectors
-  T* y;     // [kRowBlock, kTokenRows]
+  T* y;  // [kTokenRows], of one token; so is the bias
   T* bias;
   size_t used;
 

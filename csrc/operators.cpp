@@ -11,7 +11,6 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <utility>
 
 #include "capability.h"
 #include "job.h"
@@ -24,13 +23,17 @@ using torch::stable::Tensor;
 
 // ---- tensors into views
 
+const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
 Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::Double: return Dtype::float64;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+    default: 
+      STD_TORCH_CHECK(false, name, ": got ", name_of(tensor.scalar_type()),
+                      ", expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -50,24 +53,25 @@ void check_shape(const Matrix& m, const char* name, int64_t rows, int64_t cols) 
                   cols, "]");
 }
 
-// A 0-dim scale, fp32 or fp64, rounded to the type that the update is computed in, as PyTorch does.
-double scalar_of(const Tensor& scale, Dtype factors) {
-  STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1, "scale: expected one number on the CPU");
+// A 0-dim scale, fp32 or fp64; the kernels round it to the type that they multiply it in, as PyTorch does.
+double scalar_of(const Tensor& scale) {
+  STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1, "scale: got ", scale.numel(),
+                  " elements, expected one number on the CPU");
   const Dtype dtype = dtype_of(scale, "scale");
-  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "scale: expected float32 or float64");
+  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "scale: got ", name_of(scale.scalar_type()),
+                  ", expected float32 or float64");
   const void* data = scale.data_ptr();
-  const double value = dtype == Dtype::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-  return factors == Dtype::float64 ? value : static_cast<double>(static_cast<float>(value));
+  return dtype == Dtype::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
 }
 
 Factors factors_of(const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& scale) {
-  const Factors factors = {matrix(A, "A"), matrix(B, "B"), matrix(C, "C"), matrix(D, "D"),
-                           scalar_of(scale, dtype_of(A, "A"))};
+  const Factors factors = {matrix(A, "A"), matrix(B, "B"), matrix(C, "C"), matrix(D, "D"), scalar_of(scale)};
   check_shape(factors.B, "B", factors.B.rows, factors.A.rows);
   check_shape(factors.C, "C", factors.C.rows, factors.A.cols);
   check_shape(factors.D, "D", factors.B.rows, factors.C.rows);
-  for (const Matrix* factor : {&factors.B, &factors.C, &factors.D})
-    STD_TORCH_CHECK(factor->dtype == factors.A.dtype, "A, B, C, D: expected one dtype");
+  for (const Tensor* factor : {&B, &C, &D})
+    STD_TORCH_CHECK(factor->scalar_type() == A.scalar_type(), "A, B, C, D: got ", name_of(A.scalar_type()), " and ",
+                    name_of(factor->scalar_type()), ", expected one dtype");
   return factors;
 }
 
@@ -112,8 +116,8 @@ struct Grid {
   }
 };
 
-// At most kUnitCols columns, and rows to make at least `units` units of a large block: fewer rows pack the factors'
-// columns more often, more leave cores without work.
+// Units of kUnitCols columns, with rows to make at least `units` of them in a large block: fewer rows load the factors'
+// columns into cache more often, more leave cores without work.
 Grid grid_of(const Factors& factors, int64_t units) {
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
   const int64_t wanted = count(rows * count(cols, kUnitCols), units);
@@ -186,6 +190,13 @@ void add_partials(const Matrix& gradient, int64_t row, int64_t rows, int64_t col
   }
 }
 
+void check_gradient(const std::optional<Tensor>& gradient, const char* name, const Matrix& factor, const Tensor& h) {
+  if (!gradient.has_value()) return;
+  check_shape(matrix(*gradient, name), name, factor.rows, factor.cols);
+  STD_TORCH_CHECK(gradient->scalar_type() == h.scalar_type(), name, ": got ", name_of(gradient->scalar_type()),
+                  ", expected h's dtype, ", name_of(h.scalar_type()));
+}
+
 struct GradientTargets {
   Matrix A, B, C, D;
 };
@@ -254,14 +265,11 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   if (weight_part.out.data != nullptr) check_shape(weight_part.out, "out", rows, cols);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
   STD_TORCH_CHECK(job.h.dtype == Dtype::float64 || (job.h.dtype == Dtype::float32 && factors.A.dtype != Dtype::float64),
-                  "h: expected float32, or float64, which float64 factors need");
-  const std::pair<const Matrix*, const Matrix*> pairs[] = {
-      {&targets.A, &factors.A}, {&targets.B, &factors.B}, {&targets.C, &factors.C}, {&targets.D, &factors.D}};
-  for (const auto& [gradient, factor] : pairs) {
-    if (gradient->data == nullptr) continue;
-    check_shape(*gradient, "gradient", factor->rows, factor->cols);
-    STD_TORCH_CHECK(gradient->dtype == job.h.dtype, "gradient: expected h's dtype");
-  }
+                  "h: got ", name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
+  check_gradient(grad_A, "grad_A", factors.A, h);
+  check_gradient(grad_B, "grad_B", factors.B, h);
+  check_gradient(grad_C, "grad_C", factors.C, h);
+  check_gradient(grad_D, "grad_D", factors.D, h);
   const int64_t ranks = padded_ranks(factors), size = job.h.dtype == Dtype::float64 ? 8 : 4;
   Grid grid = grid_of(factors, 32);
   if (grid.units() == 0) return;
@@ -271,7 +279,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const Tensor wide_packed = is_mixed ? pack(factors, true) : packed;
   job.weight_job.packed = packed.data_ptr();
   job.wide_packed = wide_packed.data_ptr();
-  const int64_t at_once = workspace / (partial_size(grid, ranks) * size);
+  const int64_t at_once = workspace / std::max<int64_t>(1, partial_size(grid, ranks) * size);  // without a rank: none
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
   const Tensor memory = torch::stable::empty({chunks * strips * partial_size(grid, ranks)}, h.scalar_type());
@@ -291,13 +299,15 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
   const Matrix x = matrix(input, "input"), y = matrix(out, "out");
   Matrix bias_view;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == factors.B.rows, "bias: expected [out_features]");
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == factors.B.rows,
+                    "bias: expected [", factors.B.rows, "] on the CPU");
     bias_view = {bias->data_ptr(), dtype_of(*bias, "bias"), 1, factors.B.rows, 0, bias->stride(0)};
   }
   check_shape(x, "input", x.rows, factors.A.cols);
   check_shape(y, "out", x.rows, factors.B.rows);
   STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64),
-                  "input and factors: expected both float64, or neither");
+                  "input: got ", name_of(input.scalar_type()), " with factors of ", name_of(A.scalar_type()),
+                  ", expected float64 for both or for neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
   TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};

@@ -15,13 +15,18 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from dual_lora_kernels import available_backends, set_strategy, set_workspace_bytes, strategy, workspace_bytes
+from dual_lora_kernels.backends import _BACKENDS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
 
 TRITON_ONLY = ("ahead_of_time", "architecture", "gpu_session", "static_report", "triton")
+NATIVE_ONLY = ("native", "native_operators")
 collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in TRITON_ONLY]
-"""Tests of the Triton backend and its tools import triton; they are left out where it is not installed."""
+"""Tests of the Triton backend and its tools import triton, those of the native one call its library; they are left out
+where that is not installed, and the report's header says so."""
+if "native" not in available_backends():
+    collect_ignore += [f"test_{name}.py" for name in NATIVE_ONLY]
 
 if IS_INTERPRETED:
     from .interpreter import speed_up
@@ -56,6 +61,13 @@ CASES = [
     for name in available_backends()
     for strategy in {"triton": ("panels", "fused"), "native": ("panels", "auto")}.get(name, ("auto",))
 ]
+
+
+def pytest_report_header() -> list[str]:
+    """Which backends are tested, and why others are not."""
+    missing = {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+    present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
+    return ["backends: " + ", ".join(present), *(f"no {name}: {reason}" for name, reason in missing.items() if reason)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

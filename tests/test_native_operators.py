@@ -1,0 +1,129 @@
+"""The native library as a whole: every instruction set that this processor runs, and what its operators refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dual_lora_kernels
+
+from .problems import Problem, exact
+
+OPS = torch.ops.dual_lora_kernels
+ROOT = Path(__file__).parents[1]
+BUILT = json.loads((Path(dual_lora_kernels.__file__).parent / "_native_build.json").read_text())["kernels"]
+
+
+def _python(*arguments: str, capability: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DUAL_LORA_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def capabilities() -> list[str]:
+    """The instruction sets that were compiled and that this processor runs, from the error that lists them."""
+    program = "from dual_lora_kernels.backends.native import NativeBackend as N; N().unavailable(); N().description()"
+    process = _python("-c", program, capability="abacus")
+    assert process.returncode != 0
+    (message,) = [line for line in process.stderr.splitlines() if line.startswith("RuntimeError: ")]
+    start, _, names = message.partition(", this build on this processor has ")
+    assert start == "RuntimeError: DUAL_LORA_CPU_CAPABILITY: got 'abacus'"
+    return names.split(", ")
+
+
+def test_the_best_instruction_set_runs_by_default(capabilities: list[str]) -> None:
+    assert OPS.cpu_capability() == (os.environ.get("DUAL_LORA_CPU_CAPABILITY") or capabilities[0])
+    assert capabilities[-1] == "portable"
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT if name != OPS.cpu_capability()])
+def test_every_instruction_set(capabilities: list[str], name: str) -> None:
+    """tests/test_native.py on each; one is chosen for the life of a process, and this process runs it on its own."""
+    if name not in capabilities:
+        pytest.skip(f"this build on this processor has {', '.join(capabilities)}")
+    process = _python("-m", "pytest", "tests/test_native.py", capability=name)
+    assert process.returncode == 0, process.stdout[-4000:] + process.stderr[-4000:]
+    assert f"({name} kernels" in process.stdout  # pytest's header
+
+
+# ---- bad arguments
+
+PROBLEM = exact(4, 20, 30, 3, 2)
+DOUBLE, HALF = torch.float64, torch.float16
+COMMON: list[tuple[dict[str, Any], str]] = [
+    ({"A": torch.zeros(3, 30, 1)}, "A: got 3 dimensions, expected 2"),
+    ({"C": torch.zeros(30)}, "C: got 1 dimensions, expected 2"),
+    ({"A": torch.zeros(4, 30)}, r"B: got \[20, 3\], expected \[20, 4\]"),
+    ({"B": torch.zeros(21, 3)}, r"D: got \[20, 2\], expected \[21, 2\]"),
+    ({"C": torch.zeros(2, 31)}, r"C: got \[2, 31\], expected \[2, 30\]"),
+    ({"D": torch.zeros(20, 2, dtype=DOUBLE)}, "A, B, C, D: got Float and Double"),
+    ({"A": torch.zeros(3, 30, dtype=torch.int32)}, "A: got Int, expected float32"),
+    ({"scale": torch.ones(2)}, "scale: got 2 elements"),
+    ({"scale": torch.ones((), dtype=HALF)}, "scale: got Half"),
+    ({"weight": torch.zeros(20, 29)}, r"weight: got \[20, 29\], expected \[20, 30\]"),
+    ({"weight": torch.zeros(20, 30, dtype=torch.complex64)}, "weight: got ComplexFloat"),
+    ({"out": torch.zeros(20)}, "out: got 1 dimensions"),
+    ({"out": torch.zeros(20, 30, dtype=torch.int64)}, "out: got Long"),
+]
+BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "cpu_effective_weight": [*COMMON, ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]")],
+    "cpu_factor_gradients": [
+        *COMMON,
+        ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]"),
+        ({"h": torch.zeros(20, 31)}, r"h: got \[20, 31\], expected \[20, 30\]"),
+        ({"h": torch.zeros(20, 30, dtype=torch.bfloat16)}, "h: got BFloat16, expected float32, or float64"),
+        ({"estimator": 3}, "estimator: got 3, expected 0, 1 or 2"),
+        *(
+            ({f"grad_{name}": torch.zeros(4, 5)}, rf"grad_{name}: got \[4, 5\], expected \[{n}, {k}\]")
+            for name, (n, k) in {"A": (3, 30), "B": (20, 3), "C": (2, 30), "D": (20, 2)}.items()
+        ),
+        ({"grad_D": torch.zeros(20, 2, dtype=DOUBLE)}, "grad_D: got Double, expected h's dtype, Float"),
+    ],
+    "cpu_few_tokens": [
+        *COMMON,
+        ({"out": torch.zeros(4, 21)}, r"out: got \[4, 21\], expected \[4, 20\]"),
+        ({"input": torch.zeros(4, 31)}, r"input: got \[4, 31\], expected \[4, 30\]"),
+        ({"input": torch.zeros(4, 30, dtype=DOUBLE)}, "input: got Double with factors of Float"),
+        ({"bias": torch.zeros(19)}, r"bias: expected \[20\] on the CPU"),
+        ({"bias": torch.zeros(20, dtype=torch.bool)}, "bias: got Bool"),
+    ],
+}
+
+
+def _arguments(operator: str, problem: Problem) -> dict[str, Any]:
+    """A valid call; what it writes is zero."""
+    shared = {"weight": problem.weight, **problem.factors._asdict(), "dither": True}
+    place = {"row0": 0, "col0": 0}
+    out = torch.zeros(20, 30)
+    if operator == "cpu_effective_weight":
+        return {"out": out, **shared, **place}
+    if operator == "cpu_few_tokens":
+        return {"out": torch.zeros(4, 20), "input": problem.x, "bias": problem.bias, **shared}
+    gradients = {f"grad_{name}": torch.zeros_like(getattr(problem, name)) for name in "ABCD"}
+    options = {"h": torch.ones(20, 30), "estimator": 0, "clip_bound": 1.0, "workspace": 1 << 20}
+    return {"out": out, **shared, **place, **gradients, **options}
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "message"), [(name, *case) for name, cases in BAD.items() for case in cases]
+)
+def test_bad_arguments_are_named_before_anything_is_written(
+    operator: str, change: dict[str, Any], message: str
+) -> None:
+    arguments = _arguments(operator, PROBLEM)
+    getattr(OPS, operator)(**arguments)  # as it is, it runs
+    arguments = _arguments(operator, PROBLEM) | change
+    with pytest.raises(RuntimeError, match=rf"(^|, ){message}"):
+        getattr(OPS, operator)(**arguments)
+    for name, value in arguments.items():
+        if name == "out" or name.startswith("grad_"):
+            assert not value.any(), name
