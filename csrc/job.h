@@ -33,11 +33,22 @@ struct Range {
 
 enum class Estimator : int64_t { clip, dorefa, xnor };
 
-// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither. `packed`: the factors as
-// KernelTable's packing leaves them, in their own accumulation type.
+// A pair of factors (up @ down) as the products read it, in one accumulation type: `down` strip by strip, `up` block by
+// block, and `down_t`, `down` transposed, which only gradients need (else null). See packed_factors.h.
+struct PackedPair {
+  void* down;
+  void* up;
+  void* down_t;
+};
+
+struct Packed {
+  PackedPair magnitude, direction;
+};
+
+// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither.
 struct WeightJob {
   Factors factors;
-  void* packed;
+  Packed packed;  // in the factors' accumulation type
   Matrix out, weight;
   int64_t row0, col0;
   bool dithers;
@@ -48,7 +59,7 @@ struct WeightJob {
 struct GradientJob {
   WeightJob weight_job;
   Matrix h;
-  void* wide_packed;  // the factors packed in H's dtype, where that is wider; else as in weight_job
+  Packed wide_packed;  // in H's dtype
   Estimator estimator;
   double clip_bound;
   bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
@@ -75,8 +86,8 @@ inline constexpr int64_t kTokenRows = 64;
 inline constexpr int64_t kRowBlock = 16;  // rows that a kernel works on at a time
 inline constexpr int64_t kRankStep = 4;   // ranks that a product works on at a time
 
-// Row stride of a unit's blocks: a cache line more than a power of two, or their rows would share few cache sets
-// (generating W took 1.5 times as long).
+// Row stride of a unit's blocks: a cache line more than a power of two's multiple, or their rows would share few cache
+// sets (generating W took 1.5 times as long).
 inline constexpr int64_t kStride = kUnitCols + 16;
 
 // Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. Static, like all that
@@ -90,10 +101,9 @@ static constexpr int64_t padded_ranks(const Factors& factors) {
 // One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
 struct KernelTable {
   const char* name;
-  // Packing, in fp32 or (wide) fp64: bytes, then strips of kUnitCols columns and blocks of kRowBlock rows by themselves.
-  size_t (*packed_size)(const Factors&, bool wide);
-  void (*pack_strip)(const Factors&, bool wide, int64_t strip, void* packed);
-  void (*pack_block)(const Factors&, bool wide, int64_t block, void* packed);
+  // Packing, in fp32 or (wide) fp64: strips of kUnitCols columns and blocks of kRowBlock rows by themselves.
+  void (*pack_strip)(const Factors&, bool wide, int64_t strip, const Packed&);
+  void (*pack_block)(const Factors&, bool wide, int64_t block, const Packed&);
   size_t (*weight_scratch)(const WeightJob&);
   void (*weight)(const WeightJob&, Range, void* scratch);
   size_t (*gradient_scratch)(const GradientJob&);

@@ -16,20 +16,13 @@ using dual_lora::Partials;
 using dual_lora::Range;
 using dual_lora::TokenJob;
 
-// ---- packing
-
-template <class V>
-PackedFactors<V> packed_factors(const dual_lora::Factors& factors, void* memory) {
-  return PackedFactors<V>(factors, static_cast<typename V::scalar*>(memory));
-}
-
 // ---- W
 
 template <class V>
 void weight_kernel(const WeightJob& job, Range range, void* memory) {
   Scratch scratch = {static_cast<char*>(memory)};
   WeightBlock<V> block(scratch, job);
-  const PackedFactors<V> packed = packed_factors<V>(job.factors, job.packed);
+  const PackedFactors<V> packed(job.factors, job.packed);
   const auto magnitude = packed.magnitude(range.row, range.col), direction = packed.direction(range.row, range.col);
   block.set_columns(range.col, range.cols);
   for (int64_t start = 0; start < range.rows; start += kRowBlock) {
@@ -129,8 +122,8 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
   const bool writes_weight = job.weight_job.out.data != nullptr;
   GradientMemory<V, H> work({static_cast<char*>(memory)}, job);
   constexpr bool is_mixed = GradientMemory<V, H>::is_mixed;
-  const PackedFactors<V> packed = packed_factors<V>(factors, job.weight_job.packed);
-  const PackedFactors<H> wide = packed_factors<H>(factors, job.wide_packed);
+  const PackedFactors<V> packed(factors, job.weight_job.packed);
+  const PackedFactors<H> wide(factors, job.wide_packed);
   const auto magnitude = packed.magnitude(range.row, range.col), direction = packed.direction(range.row, range.col);
   const auto wide_magnitude = wide.magnitude(range.row, range.col), wide_direction = wide.direction(range.row, range.col);
   work.block.set_columns(range.col, range.cols);
@@ -227,7 +220,7 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
   const Dtype dtype = job.weight_job.out.dtype;
   const bool is_wide = dtype == (sizeof(T) == 4 ? Dtype::float32 : Dtype::float64);
   const Matrix rounded = {is_wide ? work.weight : work.rounded, dtype, kRowBlock, kStride, kStride, 1};
-  const PackedFactors<V> packed = packed_factors<V>(factors, job.weight_job.packed);
+  const PackedFactors<V> packed(factors, job.weight_job.packed);
   for (int64_t i = 0; i < rows * tokens * V::lanes; ++i) work.sums[i] = 0;
   for (int64_t col = 0; col < in_features; col += kUnitCols) {
     const int64_t cols = smaller(kUnitCols, in_features - col), padded = padded_cols<V>(cols);
@@ -263,17 +256,12 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
 
 inline bool is_wide(Dtype dtype) { return dtype == Dtype::float64; }
 
-inline size_t packed_size(const dual_lora::Factors& factors, bool wide) {
-  return wide ? static_cast<size_t>(packed_factors<F64>(factors, nullptr).size()) * sizeof(double)
-              : static_cast<size_t>(packed_factors<F32>(factors, nullptr).size()) * sizeof(float);
+static void pack_strip(const dual_lora::Factors& factors, bool wide, int64_t strip, const dual_lora::Packed& packed) {
+  wide ? PackedFactors<F64>(factors, packed).pack_strip(strip) : PackedFactors<F32>(factors, packed).pack_strip(strip);
 }
 
-inline void pack_strip(const dual_lora::Factors& factors, bool wide, int64_t strip, void* packed) {
-  wide ? packed_factors<F64>(factors, packed).pack_strip(strip) : packed_factors<F32>(factors, packed).pack_strip(strip);
-}
-
-inline void pack_block(const dual_lora::Factors& factors, bool wide, int64_t block, void* packed) {
-  wide ? packed_factors<F64>(factors, packed).pack_block(block) : packed_factors<F32>(factors, packed).pack_block(block);
+static void pack_block(const dual_lora::Factors& factors, bool wide, int64_t block, const dual_lora::Packed& packed) {
+  wide ? PackedFactors<F64>(factors, packed).pack_block(block) : PackedFactors<F32>(factors, packed).pack_block(block);
 }
 
 template <class V>
@@ -317,8 +305,8 @@ inline void token(const TokenJob& job, int64_t row, int64_t rows, void* scratch)
 #define DUAL_LORA_KERNEL_TABLE(table)                                                                              \
   namespace dual_lora {                                                                                            \
   const KernelTable& table() {                                                                                     \
-    static const KernelTable kernels = {#table, packed_size,      pack_strip, pack_block,    weight_scratch,       \
-                                        weight, gradient_scratch, gradient,   token_scratch, token};               \
+    static const KernelTable kernels = {#table,           pack_strip, pack_block,    weight_scratch, weight,        \
+                                        gradient_scratch, gradient,   token_scratch, token};                       \
     return kernels;                                                                                                \
   }                                                                                                                \
   }

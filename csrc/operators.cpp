@@ -11,6 +11,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "capability.h"
 #include "job.h"
@@ -79,7 +80,7 @@ WeightJob weight_job(const Matrix& out, const Matrix& weight, const Factors& fac
                      bool dither) {
   if (weight.data != nullptr) check_shape(weight, "weight", factors.B.rows, factors.A.cols);
   const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  return {factors, nullptr, out, weight, row0, col0, dither && has_dither, false};
+  return {factors, {}, out, weight, row0, col0, dither && has_dither, false};
 }
 
 // ---- units onto threads
@@ -132,21 +133,41 @@ void for_each_unit(int64_t units, size_t scratch, const F& run) {
   });
 }
 
-// The factors packed for the kernels; the tensor owns the memory.
-Tensor pack(const Factors& factors, bool wide) {
-  const KernelTable& kernels = kernel_table();
-  const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
-  const auto size = static_cast<int64_t>(kernels.packed_size(factors, wide));
-  const Tensor packed = torch::stable::empty({size}, ScalarType::Byte);
-  void* memory = packed.data_ptr();
-  torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      if (part < strips) kernels.pack_strip(factors, wide, part, memory);
-      else kernels.pack_block(factors, wide, part - strips, memory);
-    }
-  });
-  return packed;
-}
+// The factors packed for the kernels, and the memory that holds them: one tensor a factor and orientation.
+class PackedTensors {
+ public:
+  PackedTensors(const Factors& factors, bool wide, bool transposed)
+      : dtype_(wide ? ScalarType::Double : ScalarType::Float) {
+    const int64_t rows = factors.B.rows, cols = factors.A.cols;
+    view.magnitude = pair(factors.A.rows, rows, cols, transposed);
+    view.direction = pair(factors.C.rows, rows, cols, transposed);
+    const int64_t strips = count(cols, kUnitCols), blocks = count(rows, kRowBlock);
+    const KernelTable& kernels = kernel_table();
+    torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        if (part < strips) kernels.pack_strip(factors, wide, part, view);
+        else kernels.pack_block(factors, wide, part - strips, view);
+      }
+    });
+  }
+
+  Packed view;
+
+ private:
+  PackedPair pair(int64_t rank, int64_t rows, int64_t cols, bool transposed) {
+    const int64_t strips = count(cols, kUnitCols), padded = padded_rank(rank);
+    return {take(strips * padded * kStride), take(count(rows, kRowBlock) * kRowBlock * padded),
+            transposed ? take(count(cols, 16) * 16 * padded) : nullptr};  // whole vectors of any instruction set
+  }
+
+  void* take(int64_t elements) {
+    tensors_.push_back(torch::stable::empty({elements}, dtype_));
+    return tensors_.back().data_ptr();
+  }
+
+  ScalarType dtype_;
+  std::vector<Tensor> tensors_;
+};
 
 bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
 
@@ -161,8 +182,8 @@ void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor
   const Factors factors = factors_of(A, B, C, D, scale);
   WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
-  const Tensor packed = pack(factors, is_wide(factors));
-  job.packed = packed.data_ptr();
+  const PackedTensors packed(factors, is_wide(factors), false);
+  job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = kernel_table();
   const Grid grid = grid_of(factors, 128);
@@ -256,7 +277,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const WeightJob weight_part = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
   GradientJob job = {weight_part,
                      matrix(h, "h"),
-                     nullptr,
+                     {},
                      static_cast<Estimator>(estimator),
                      clip_bound,
                      targets.A.data != nullptr || targets.B.data != nullptr,
@@ -274,11 +295,12 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   Grid grid = grid_of(factors, 32);
   if (grid.units() == 0) return;
   while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
-  const Tensor packed = pack(factors, is_wide(factors));
   const bool is_mixed = size == 8 && !is_wide(factors);
-  const Tensor wide_packed = is_mixed ? pack(factors, true) : packed;
-  job.weight_job.packed = packed.data_ptr();
-  job.wide_packed = wide_packed.data_ptr();
+  const PackedTensors packed(factors, is_wide(factors), !is_mixed);
+  std::optional<PackedTensors> wide_packed;
+  if (is_mixed) wide_packed.emplace(factors, true, true);
+  job.weight_job.packed = packed.view;
+  job.wide_packed = is_mixed ? wide_packed->view : packed.view;
   const int64_t at_once = workspace / std::max<int64_t>(1, partial_size(grid, ranks) * size);  // without a rank: none
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
@@ -310,9 +332,10 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
                   ", expected float64 for both or for neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
+  if (x.rows == 0) return;
   TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
-  const Tensor packed = pack(factors, is_wide(factors));
-  job.weight_job.packed = packed.data_ptr();
+  const PackedTensors packed(factors, is_wide(factors), false);
+  job.weight_job.packed = packed.view;
   const KernelTable& kernels = kernel_table();
   const int64_t rows = factors.B.rows, step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
   for_each_unit(count(rows, step), kernels.token_scratch(job), [&](int64_t unit, void* scratch) {
