@@ -29,10 +29,14 @@ LEAST_TORCH = (2, 11)
 """The version of the stable ABI that the binary asks for; it runs on this PyTorch and every later one."""
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
 """No contraction: W = W0 + ΔW is a separate addition, in the reference's bits."""
-KERNELS = {
-    "x86_64": {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"], "portable": []},
-    "arm64": {"neon": [], "portable": []},
-    "other": {"portable": []},
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+"""GCC 12 warns of its own AVX-512 intrinsics, page after page; Clang does not know the warning."""
+PORTABLE = ["-O2"]
+"""Of vectors that are arrays, GCC 12 makes longer and slower code with -O3 (docs/decisions.md)."""
+KERNELS = {  # what takes longest first
+    "x86_64": {"portable": PORTABLE, "avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"]},
+    "arm64": {"portable": PORTABLE, "neon": []},
+    "other": {"portable": PORTABLE},
 }
 """Architecture → the instruction sets to compile kernels for, with their flags."""
 MACROS = {"x86_64": ["-DDUAL_LORA_X86"], "arm64": ["-DDUAL_LORA_NEON"], "other": []}
