@@ -20,7 +20,7 @@ help:
 	@echo "make clean  remove the virtual environment and build products"
 
 # torch first and pinned, then the project against it: an unpinned torch or an isolated build fetches gigabytes.
-$(VENV)/.installed: pyproject.toml setup.py
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/vectors/*.h)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PIP) install "setuptools>=77" wheel numpy
 	$(PYTHON) -c "import torch; assert torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)" 2>/dev/null \
@@ -57,4 +57,4 @@ bench: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.dither_table
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis dual_lora_kernels/_native*

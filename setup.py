@@ -13,8 +13,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shutil
+import site
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,17 +25,22 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 PACKAGE = "dual_lora_kernels"
-LEAST_TORCH = 0x020B000000000000
-"""The stable ABI's version that the binary asks for: 2.11."""
+LEAST_TORCH = (2, 11)
+"""The version of the stable ABI that the binary asks for; it runs on this PyTorch and every later one."""
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
 """No contraction: W = W0 + ΔW is a separate addition, in the reference's bits."""
-KERNELS = {
-    "x86_64": {"avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"], "portable": []},
-    "arm64": {"neon": [], "portable": []},
-    "other": {"portable": []},
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+"""GCC 12 warns of its own AVX-512 intrinsics, page after page; Clang does not know the warning."""
+PORTABLE = ["-O2"]
+"""Of vectors that are arrays, GCC 12 makes longer and slower code with -O3 (docs/decisions.md)."""
+KERNELS = {  # what takes longest first
+    "x86_64": {"portable": PORTABLE, "avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"]},
+    "arm64": {"portable": PORTABLE, "neon": []},
+    "other": {"portable": PORTABLE},
 }
 """Architecture → the instruction sets to compile kernels for, with their flags."""
 MACROS = {"x86_64": ["-DDUAL_LORA_X86"], "arm64": ["-DDUAL_LORA_NEON"], "other": []}
+REMEDY = "install the package again, with --no-build-isolation"
 
 
 class Unbuildable(Exception):
@@ -47,17 +54,22 @@ def architecture() -> str:
 
 
 def torch_folder() -> Path:
-    """PyTorch's installation: this interpreter's, or (in an isolated build) that of the environment built for.
+    """PyTorch's installation: this interpreter's, or (in pip's isolated build) that of the environment built for.
 
     The stable ABI needs its headers and a library to link, not an import.
     """
     spec = importlib.util.find_spec("torch")
     found = [Path(spec.origin).parent] if spec and spec.origin else []
-    found += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    found += [Path(folder) / "torch" for folder in site.getsitepackages()]
     for folder in found:
-        if (folder / "include/torch/csrc/stable/library.h").exists():
-            return folder
-    raise Unbuildable("PyTorch was not there when the package was installed")
+        about = folder / "version.py"
+        if about.exists():
+            version = re.search(r"__version__ = '((\d+)\.(\d+).*)'", about.read_text(encoding="utf-8"))
+            if version is None or (int(version[2]), int(version[3])) >= LEAST_TORCH:
+                return folder
+            least = ".".join(map(str, LEAST_TORCH))
+            raise Unbuildable(f"PyTorch was {version[1]} when the package was installed, it needs {least}: {REMEDY}")
+    raise Unbuildable(f"PyTorch was not there when the package was installed: {REMEDY}")
 
 
 class BuildNative(build_ext):
@@ -67,33 +79,50 @@ class BuildNative(build_ext):
         mode = os.environ.get("DUAL_LORA_NATIVE", "auto")
         if mode not in ("auto", "require", "skip"):
             raise SystemExit(f"DUAL_LORA_NATIVE: got {mode!r}, expected 'auto', 'require' or 'skip'")
-        try:
-            if mode == "skip":
-                raise Unbuildable("DUAL_LORA_NATIVE=skip was set when the package was installed")
-            if sys.platform == "win32":
-                raise Unbuildable("csrc/ is written for GCC and Clang")
-            super().run()
-            self.record(None)
-        except (Unbuildable, CCompilerError, ExecError, PlatformError, OSError) as error:
-            reason = str(error) if isinstance(error, Unbuildable) else f"compiling csrc/ failed: {error}"
-            if mode == "require":
-                raise SystemExit(f"DUAL_LORA_NATIVE=require: {reason}") from error
+        # While building in place, the base class changes what this path means.
+        library = Path(self.get_ext_fullpath(f"{PACKAGE}._native"))
+        library.unlink(missing_ok=True)  # one of an earlier build would not fit the sources
+        reason = self.compile(mode)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        about = {"missing": reason} if reason else {"kernels": list(KERNELS[architecture()])}
+        library.with_name("_native_build.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        if reason and mode == "require":
+            raise SystemExit(f"DUAL_LORA_NATIVE=require: {reason}")
+        if reason:
             print(f"{PACKAGE}: the native CPU backend is left out, CPUs will run 'eager': {reason}", file=sys.stderr)
-            self.record(reason)
+
+    def compile(self, mode: str) -> str | None:
+        """Build the library; what kept it from being built, if anything did."""
+        if mode == "skip":
+            return "DUAL_LORA_NATIVE=skip was set when the package was installed"
+        if sys.platform == "win32":
+            return "csrc/ is written for GCC and Clang"
+        try:
+            super().run()
+        except Unbuildable as error:
+            return str(error)
+        except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            print(error, file=sys.stderr)
+            command = self.compiler.compiler_so_cxx[0]
+            if shutil.which(command) is None:
+                return f"there was no C++ compiler {command!r}: install one, or set CXX, then install the package again"
+            return f"csrc/ did not compile with {command!r}; `pip install -v` shows why"
+        return None
 
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
         sanitizers = os.environ.get("DUAL_LORA_SANITIZE")
         checks = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"] if sanitizers else []
-        stable = [f"-DTORCH_TARGET_VERSION={LEAST_TORCH:#x}", "-isystem", str(torch / "include")]
-        common = [*FLAGS, *MACROS[architecture()], *checks]
+        target = LEAST_TORCH[0] << 56 | LEAST_TORCH[1] << 48
+        stable = [f"-DTORCH_TARGET_VERSION={target:#x}", "-isystem", str(torch / "include")]
+        common = [*FLAGS, *MACROS[architecture()]]
         jobs = {f"csrc/{name}.cpp": flags for name, flags in KERNELS[architecture()].items()}
         jobs |= {"csrc/capability.cpp": [], "csrc/operators.cpp": stable}
 
         def compile_one(job: tuple[str, list[str]]) -> str:
             source, flags = job
             objects: list[str] = self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags], depends=ext.depends
+                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags, *checks], depends=ext.depends
             )
             return objects[0]
 
@@ -107,15 +136,6 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=link, target_lang="c++", build_temp=self.build_temp
         )
-
-    def record(self, reason: str | None) -> None:
-        """Write how the build went beside the package's modules, for `backends/native.py` to read."""
-        library = Path(self.get_ext_fullpath(f"{PACKAGE}._native"))
-        if reason is not None:
-            library.unlink(missing_ok=True)  # one of an earlier build would not fit the sources
-        library.parent.mkdir(parents=True, exist_ok=True)
-        about = {"missing": reason} if reason else {"kernels": list(KERNELS[architecture()])}
-        (library.parent / "_native_build.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
 setup(
