@@ -75,11 +75,12 @@ Factors factors_of(const Tensor& A, const Tensor& B, const Tensor& C, const Tens
   return factors;
 }
 
-WeightJob weight_job(const Matrix& out, const Matrix& weight, const Factors& factors, int64_t row0, int64_t col0,
-                     bool dither) {
-  if (weight.data != nullptr) check_shape(weight, "weight", factors.B.rows, factors.A.cols);
+WeightJob weight_job(const Matrix& out, const std::optional<Tensor>& weight, const Factors& factors, int64_t row0,
+                     int64_t col0, bool dither) {
+  const Matrix base = matrix(weight, "weight");
+  if (weight.has_value()) check_shape(base, "weight", factors.B.rows, factors.A.cols);
   const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  return {factors, nullptr, out, weight, row0, col0, dither && has_dither, false};
+  return {factors, nullptr, out, base, row0, col0, dither && has_dither, false};
 }
 
 // ---- units onto threads
@@ -159,7 +160,7 @@ constexpr int64_t kStreamedElements = int64_t{1} << 20;
 void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale,
                       int64_t row0, int64_t col0, bool dither) {
   const Factors factors = factors_of(A, B, C, D, scale);
-  WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  WeightJob job = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
   const Tensor packed = pack(factors, is_wide(factors));
   job.packed = packed.data_ptr();
@@ -253,7 +254,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
   const GradientTargets targets = {matrix(grad_A, "grad_A"), matrix(grad_B, "grad_B"), matrix(grad_C, "grad_C"),
                                    matrix(grad_D, "grad_D")};
-  const WeightJob weight_part = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  const WeightJob weight_part = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
   GradientJob job = {weight_part,
                      matrix(h, "h"),
                      nullptr,
@@ -262,7 +263,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
                      targets.A.data != nullptr || targets.B.data != nullptr,
                      targets.C.data != nullptr || targets.D.data != nullptr};
   check_shape(job.h, "h", rows, cols);
-  if (weight_part.out.data != nullptr) check_shape(weight_part.out, "out", rows, cols);
+  if (out.has_value()) check_shape(weight_part.out, "out", rows, cols);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
   STD_TORCH_CHECK(job.h.dtype == Dtype::float64 || (job.h.dtype == Dtype::float32 && factors.A.dtype != Dtype::float64),
                   "h: got ", name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
@@ -310,7 +311,7 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
                   ", expected float64 for both or for neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
-  TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
+  TokenJob job = {weight_job(rounded, weight, factors, 0, 0, dither), x, y, bias_view};
   const Tensor packed = pack(factors, is_wide(factors));
   job.weight_job.packed = packed.data_ptr();
   const KernelTable& kernels = kernel_table();
