@@ -84,9 +84,9 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
         sanitizers = os.environ.get("DUAL_LORA_SANITIZE")
-        checks = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"] if sanitizers else []
+        checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
         stable = [f"-DTORCH_TARGET_VERSION={LEAST_TORCH:#x}", "-isystem", str(torch / "include")]
-        common = [*FLAGS, *MACROS[architecture()], *checks]
+        common = [*FLAGS, *MACROS[architecture()], *(checks if sanitizers else [])]
         jobs = {f"csrc/{name}.cpp": flags for name, flags in KERNELS[architecture()].items()}
         jobs |= {"csrc/capability.cpp": [], "csrc/operators.cpp": stable}
 

@@ -15,6 +15,10 @@
 #include "capability.h"
 #include "job.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dual_lora {
 namespace {
 
@@ -99,6 +103,9 @@ void* thread_scratch(size_t bytes) {
     size = memory ? lines : 0;
     if (!memory) throw std::bad_alloc();
   }
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), size);  // the last job parted it in its own way (scratch.h)
+#endif
   return memory.get();
 }
 
