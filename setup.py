@@ -118,17 +118,18 @@ class BuildNative(build_ext):
         (library.parent / "_native_build.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
-setup(
-    # No Python in it: the "limited API" is kept by every Python, which setuptools then says in the names.
-    ext_modules=[
-        Extension(
-            f"{PACKAGE}._native",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-            language="c++",
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    setup(
+        # No Python in it: the "limited API" is kept by every Python, which setuptools then says in the names.
+        ext_modules=[
+            Extension(
+                f"{PACKAGE}._native",
+                sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+                depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+                language="c++",
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildNative},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )
