@@ -8,11 +8,19 @@ OUT ?= results/demo
 # The tests' operations are small: threads that spin between them cost minutes on a machine that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-eager test-triton lint kernels bench gpu-session clean
+# `make sanitize`: the runtimes come before Python, which was built without them; GCC's, as their names are.
+SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
+
+.PHONY: help demo test test-eager test-triton sanitize cross lint kernels bench gpu-session clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
 	@echo "make test   run the test suite, then its numerical part on the Triton kernels in Triton's interpreter"
+	@echo "make sanitize  the native kernels' tests on a build with the address and undefined-behaviour sanitizers"
+	@echo "make cross  this machine's instruction sets, and ARM's in an emulator, against the portable kernels, bit for bit;"
+	@echo "            needs g++-aarch64-linux-gnu and qemu-user-static"
 	@echo "make lint   ruff and mypy"
 	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
 	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
@@ -39,6 +47,21 @@ test-eager: $(VENV)/.installed
 # Triton's interpreter is Python and NumPy: more threads only get into each other's way.
 test-triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+# A copy under build/, so that the installed library stays as it is. A finding ends the process, and so the tests; pytest
+# would keep its report if it captured more than Python's output.
+sanitize: $(VENV)/.installed
+	rm -rf build/sanitize
+	mkdir -p build/sanitize
+	cp -r csrc dual_lora_kernels tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	rm -f build/sanitize/dual_lora_kernels/_native*
+	cd build/sanitize && $(SANITIZED) $(abspath $(PYTHON)) setup.py -q build_ext --inplace
+	cd build/sanitize && $(SANITIZED) $(REPORTS) LD_PRELOAD="$(RUNTIMES)" $(abspath $(PYTHON)) -m pytest tests/test_native*.py
+
+# The kernels need no torch: any Python with setuptools will do.
+cross: $(VENV)/.installed
+	$(PYTHON) csrc/check/compare_kernels.py
+	$(PYTHON) csrc/check/compare_kernels.py arm64 aarch64-linux-gnu-g++ qemu-aarch64-static
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

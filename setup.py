@@ -112,7 +112,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
         sanitizers = os.environ.get("DUAL_LORA_SANITIZE")
-        checks = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"] if sanitizers else []
+        checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+        after = checks if sanitizers else []  # behind the kernels' own flags: the last -O counts
         target = LEAST_TORCH[0] << 56 | LEAST_TORCH[1] << 48
         stable = [f"-DTORCH_TARGET_VERSION={target:#x}", "-isystem", str(torch / "include")]
         common = [*FLAGS, *MACROS[architecture()]]
@@ -122,7 +123,7 @@ class BuildNative(build_ext):
         def compile_one(job: tuple[str, list[str]]) -> str:
             source, flags = job
             objects: list[str] = self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags, *checks], depends=ext.depends
+                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags, *after], depends=ext.depends
             )
             return objects[0]
 
@@ -138,17 +139,18 @@ class BuildNative(build_ext):
         )
 
 
-setup(
-    # No Python in it: the "limited API" is kept by every Python, which setuptools then says in the names.
-    ext_modules=[
-        Extension(
-            f"{PACKAGE}._native",
-            sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-            language="c++",
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
-)
+if __name__ == "__main__":
+    setup(
+        # No Python in it: the "limited API" is kept by every Python, which setuptools then says in the names.
+        ext_modules=[
+            Extension(
+                f"{PACKAGE}._native",
+                sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+                depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+                language="c++",
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildNative},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

@@ -98,6 +98,15 @@ static constexpr int64_t padded_ranks(const Factors& factors) {
   return padded_rank(factors.A.rows) + padded_rank(factors.C.rows);
 }
 
+// Elements of a PackedPair's parts.
+static constexpr int64_t down_size(int64_t rank, int64_t cols) {
+  return (cols + kUnitCols - 1) / kUnitCols * padded_rank(rank) * kStride;
+}
+static constexpr int64_t up_size(int64_t rank, int64_t rows) {
+  return (rows + kRowBlock - 1) / kRowBlock * kRowBlock * padded_rank(rank);
+}
+static constexpr int64_t down_t_size(int64_t rank, int64_t cols) { return (cols + 15) / 16 * 16 * padded_rank(rank); }
+
 // One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
 struct KernelTable {
   const char* name;

@@ -16,6 +16,10 @@
 #include "capability.h"
 #include "job.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace dual_lora {
 namespace {
 
@@ -76,11 +80,12 @@ Factors factors_of(const Tensor& A, const Tensor& B, const Tensor& C, const Tens
   return factors;
 }
 
-WeightJob weight_job(const Matrix& out, const Matrix& weight, const Factors& factors, int64_t row0, int64_t col0,
-                     bool dither) {
-  if (weight.data != nullptr) check_shape(weight, "weight", factors.B.rows, factors.A.cols);
+WeightJob weight_job(const Matrix& out, const std::optional<Tensor>& weight, const Factors& factors, int64_t row0,
+                     int64_t col0, bool dither) {
+  const Matrix base = matrix(weight, "weight");
+  if (weight.has_value()) check_shape(base, "weight", factors.B.rows, factors.A.cols);
   const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  return {factors, {}, out, weight, row0, col0, dither && has_dither, false};
+  return {factors, {}, out, base, row0, col0, dither && has_dither, false};
 }
 
 // ---- units onto threads
@@ -99,6 +104,9 @@ void* thread_scratch(size_t bytes) {
     size = memory ? lines : 0;
     if (!memory) throw std::bad_alloc();
   }
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), size);  // the last job parted it in its own way (scratch.h)
+#endif
   return memory.get();
 }
 
@@ -155,9 +163,8 @@ class PackedTensors {
 
  private:
   PackedPair pair(int64_t rank, int64_t rows, int64_t cols, bool transposed) {
-    const int64_t strips = count(cols, kUnitCols), padded = padded_rank(rank);
-    return {take(strips * padded * kStride), take(count(rows, kRowBlock) * kRowBlock * padded),
-            transposed ? take(count(cols, 16) * 16 * padded) : nullptr};  // whole vectors of any instruction set
+    return {take(down_size(rank, cols)), take(up_size(rank, rows)),
+            transposed ? take(down_t_size(rank, cols)) : nullptr};
   }
 
   void* take(int64_t elements) {
@@ -180,7 +187,7 @@ constexpr int64_t kStreamedElements = int64_t{1} << 20;
 void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale,
                       int64_t row0, int64_t col0, bool dither) {
   const Factors factors = factors_of(A, B, C, D, scale);
-  WeightJob job = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  WeightJob job = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
   const PackedTensors packed(factors, is_wide(factors), false);
   job.packed = packed.view;
@@ -274,7 +281,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
   const GradientTargets targets = {matrix(grad_A, "grad_A"), matrix(grad_B, "grad_B"), matrix(grad_C, "grad_C"),
                                    matrix(grad_D, "grad_D")};
-  const WeightJob weight_part = weight_job(matrix(out, "out"), matrix(weight, "weight"), factors, row0, col0, dither);
+  const WeightJob weight_part = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
   GradientJob job = {weight_part,
                      matrix(h, "h"),
                      {},
@@ -283,7 +290,7 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
                      targets.A.data != nullptr || targets.B.data != nullptr,
                      targets.C.data != nullptr || targets.D.data != nullptr};
   check_shape(job.h, "h", rows, cols);
-  if (weight_part.out.data != nullptr) check_shape(weight_part.out, "out", rows, cols);
+  if (out.has_value()) check_shape(weight_part.out, "out", rows, cols);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
   STD_TORCH_CHECK(job.h.dtype == Dtype::float64 || (job.h.dtype == Dtype::float32 && factors.A.dtype != Dtype::float64),
                   "h: got ", name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
@@ -333,7 +340,7 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
   Matrix rounded;
   rounded.dtype = x.dtype;
   if (x.rows == 0) return;
-  TokenJob job = {weight_job(rounded, matrix(weight, "weight"), factors, 0, 0, dither), x, y, bias_view};
+  TokenJob job = {weight_job(rounded, weight, factors, 0, 0, dither), x, y, bias_view};
   const PackedTensors packed(factors, is_wide(factors), false);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = kernel_table();

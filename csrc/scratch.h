@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace {
 
 constexpr size_t kCacheLine = 64;
@@ -16,7 +20,12 @@ struct Scratch {
   template <class T>
   T* take(int64_t count) {
     char* part = base == nullptr ? nullptr : base + used;
-    used += (static_cast<size_t>(count) * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    used += (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+#if defined(__SANITIZE_ADDRESS__)
+    used += kCacheLine;  // what lies between the parts is nobody's
+    if (base != nullptr) ASAN_POISON_MEMORY_REGION(part + bytes, base + used - (part + bytes));
+#endif
     return reinterpret_cast<T*>(part);
   }
 };

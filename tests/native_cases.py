@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
@@ -21,6 +23,11 @@ _EDGES = [size + step for size in (16, 32, 48, 96, 192, 384, 400, 768) for step 
 SIZES = st.one_of(st.integers(1, 50), st.sampled_from(_EDGES), st.integers(1, 900))
 RANKS = st.one_of(st.integers(1, 20), st.integers(1, 70))
 OFFSETS = st.one_of(st.integers(0, 5), st.integers(2**31 - 500, 2**34))
+
+
+def examples(count: int) -> settings:
+    """So many drawn cases; a third under `make sanitize`, where each takes ten times as long."""
+    return settings(max_examples=count // 3 if os.environ.get("DUAL_LORA_SANITIZE") else count)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
@@ -19,7 +19,7 @@ from dual_lora_kernels.backends import FactorGradients, Factors
 from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
-from .native_cases import DTYPES, LAYOUTS, SIZES, Case, bits, cases, check, gradient_cases, numbers, place
+from .native_cases import DTYPES, LAYOUTS, SIZES, Case, bits, cases, check, examples, gradient_cases, numbers, place
 from .problems import Problem, exact, gaussian
 
 NATIVE = NativeBackend()
@@ -64,7 +64,7 @@ def _few_tokens(
 # ---- exact numbers
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(case=cases())
 def test_exact_weights(case: Case) -> None:
     """W has the reference's bits, and nothing around it changes."""
@@ -74,7 +74,7 @@ def test_exact_weights(case: Case) -> None:
     check(out, before, expected)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data(), case=cases())
 def test_exact_gradients(data: st.DataObject, case: Case) -> None:
     """The gradients that are wanted, added to what they hold; with W or without it, and W in H's place."""
@@ -98,7 +98,7 @@ def test_exact_gradients(data: st.DataObject, case: Case) -> None:
             check(tensor, old, truth)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(data=st.data(), case=cases(), tokens=st.integers(0, 20))
 def test_exact_few_tokens(data: st.DataObject, case: Case, tokens: int) -> None:
     """Y = X Wᵀ + b from the W that `effective_weight` writes, rounded once."""
@@ -151,7 +151,7 @@ def test_empty_shapes(n: int, k: int, r1: int, r2: int) -> None:
 # ---- special values
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     n=SIZES,
     k=SIZES,
@@ -268,7 +268,7 @@ def test_threads_do_not_change_bits(threads: None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), n=st.integers(1, 500), k=st.integers(1, 900), ranks=st.sampled_from([(16, 16), (5, 300)]))
 def test_every_kernel_and_block_has_one_weight(
     dtype: torch.dtype, data: st.DataObject, n: int, k: int, ranks: tuple[int, int]

@@ -55,6 +55,18 @@ def test_every_instruction_set(capabilities: list[str], name: str) -> None:
     assert f"({name} kernels" in process.stdout  # pytest's header
 
 
+if os.environ.get("DUAL_LORA_SANITIZE"):
+
+    def test_sanitized_runs_are_of_the_sanitized_library() -> None:
+        """`make sanitize`: what this process has loaded is the copy's library, and calls the sanitizers' runtimes."""
+        mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+        (library,) = (path for path in mapped if path.name == "_native.abi3.so")
+        assert library.is_relative_to(ROOT)
+        assert ROOT.name == "sanitize"
+        assert b"__asan_report_load" in library.read_bytes()
+        assert b"__ubsan_handle" in library.read_bytes()
+
+
 # ---- bad arguments
 
 PROBLEM = exact(4, 20, 30, 3, 2)
@@ -70,6 +82,7 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"scale": torch.ones(2)}, "scale: got 2 elements"),
     ({"scale": torch.ones((), dtype=HALF)}, "scale: got Half"),
     ({"weight": torch.zeros(20, 29)}, r"weight: got \[20, 29\], expected \[20, 30\]"),
+    ({"weight": torch.zeros(0, 30)}, r"weight: got \[0, 30\], expected \[20, 30\]"),
     ({"weight": torch.zeros(20, 30, dtype=torch.complex64)}, "weight: got ComplexFloat"),
     ({"out": torch.zeros(20)}, "out: got 1 dimensions"),
     ({"out": torch.zeros(20, 30, dtype=torch.int64)}, "out: got Long"),
@@ -79,6 +92,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "cpu_factor_gradients": [
         *COMMON,
         ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]"),
+        ({"out": torch.zeros(20, 0)}, r"out: got \[20, 0\], expected \[20, 30\]"),
         ({"h": torch.zeros(20, 31)}, r"h: got \[20, 31\], expected \[20, 30\]"),
         ({"h": torch.zeros(20, 30, dtype=torch.bfloat16)}, "h: got BFloat16, expected float32, or float64"),
         ({"estimator": 3}, "estimator: got 3, expected 0, 1 or 2"),

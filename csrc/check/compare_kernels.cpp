@@ -1,0 +1,284 @@
+// Every compiled instruction set's kernels against the portable ones, without torch: for processors that only an emulator
+// has (`make cross`). Numbers are small integers times powers of two, so all sums are exact and all bits must be equal.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../job.h"
+
+namespace dual_lora {
+#if defined(DUAL_LORA_X86)
+const KernelTable& avx512();
+const KernelTable& avx2();
+#elif defined(DUAL_LORA_NEON)
+const KernelTable& neon();
+#endif
+const KernelTable& portable();
+}  // namespace dual_lora
+
+namespace {
+
+using namespace dual_lora;
+
+constexpr Dtype kDtypes[] = {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16};
+constexpr const char* kNames[] = {"float32", "float64", "bfloat16", "float16"};
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+uint32_t state = 1;
+
+int64_t draw(int64_t low, int64_t high) {  // inclusive
+  state = state * 1664525u + 1013904223u;
+  return low + static_cast<int64_t>(state >> 8) % (high - low + 1);
+}
+
+// Aligned memory full of NaN: what is read before it is written shows in the results.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : bytes_((bytes + 63) / 64 * 64 + 64), data_(std::aligned_alloc(64, bytes_)) {
+    std::memset(data_, 0xFF, bytes_);
+  }
+  ~Memory() { std::free(data_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* data() const { return data_; }
+  bool operator==(const Memory& other) const {
+    return bytes_ == other.bytes_ && std::memcmp(data_, other.data_, bytes_) == 0;
+  }
+
+ private:
+  size_t bytes_;
+  void* data_;
+};
+
+enum class Layout { dense, transposed, strided };
+
+// A matrix and its memory.
+class Owned {
+ public:
+  Owned(Dtype dtype, int64_t rows, int64_t cols, Layout layout)
+      : memory_(static_cast<size_t>(rows * cols * 2 * size_of(dtype))) {
+    view = {memory_.data(), dtype, rows, cols, cols, 1};
+    if (layout == Layout::transposed) view.row_stride = 1, view.col_stride = rows;
+    if (layout == Layout::strided) view.row_stride = 2 * cols, view.col_stride = 2;
+  }
+
+  // Values that every dtype holds: integers up to `high` times `step`.
+  Owned& fill(int64_t high, double step) {
+    for (int64_t i = 0; i < view.rows; ++i)
+      for (int64_t j = 0; j < view.cols; ++j) put(i, j, static_cast<double>(draw(-high, high)) * step);
+    return *this;
+  }
+
+  bool operator==(const Owned& other) const { return memory_ == other.memory_; }
+
+  Matrix view;
+
+ private:
+  void put(int64_t i, int64_t j, double value) {
+    char* place = static_cast<char*>(view.data) + (i * view.row_stride + j * view.col_stride) * size_of(view.dtype);
+    const float narrow = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, sizeof bits);
+    if (view.dtype == Dtype::float64) {
+      std::memcpy(place, &value, 8);
+    } else if (view.dtype == Dtype::float32) {
+      std::memcpy(place, &narrow, 4);
+    } else {
+      uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (view.dtype == Dtype::float16)
+        half = static_cast<uint16_t>(value == 0 ? 0 : ((bits >> 16) & 0x8000u) | (((bits & 0x7FFFFFFFu) - 0x38000000u) >> 13));
+      std::memcpy(place, &half, 2);
+    }
+  }
+
+  Memory memory_;
+};
+
+struct Shape {
+  int64_t rows, cols, r1, r2, tokens;
+};
+
+struct Options {
+  Dtype factors, weight, out, h;
+  bool has_weight, dithers, has_bias;
+  Layout layout, out_layout;
+  Estimator estimator;
+  int64_t unit_rows, unit_cols;
+};
+
+class PackedMemory {
+ public:
+  PackedMemory(const KernelTable& kernels, const Factors& factors, bool wide)
+      : magnitude_(factors.A.rows, factors, wide), direction_(factors.C.rows, factors, wide),
+        view{magnitude_.view(), direction_.view()} {
+    for (int64_t strip = 0; strip * kUnitCols < factors.A.cols; ++strip) kernels.pack_strip(factors, wide, strip, view);
+    for (int64_t block = 0; block * kRowBlock < factors.B.rows; ++block) kernels.pack_block(factors, wide, block, view);
+  }
+
+ private:
+  struct PairMemory {
+    Memory down, up, down_t;
+
+    PairMemory(int64_t rank, const Factors& factors, bool wide)
+        : down(bytes(down_size(rank, factors.A.cols), wide)),
+          up(bytes(up_size(rank, factors.B.rows), wide)),
+          down_t(bytes(down_t_size(rank, factors.A.cols), wide)) {}
+
+    PackedPair view() const { return {down.data(), up.data(), down_t.data()}; }
+    static size_t bytes(int64_t elements, bool wide) { return static_cast<size_t>(elements) * (wide ? 8 : 4); }
+  };
+
+  PairMemory magnitude_, direction_;
+
+ public:
+  const Packed view;
+};
+
+// What the kernels of one table write, in this order: W, the partial sums, W beside them, Y.
+struct Results {
+  Owned weight, down, up, second, tokens;
+
+  Results(const Shape& shape, const Options& options, int64_t ranks, int64_t units)
+      : weight(options.out, shape.rows, shape.cols, options.out_layout),
+        down(options.h, units * ranks, options.unit_cols, Layout::dense),
+        up(options.h, units * options.unit_rows, ranks, Layout::dense),
+        second(options.out, shape.rows, shape.cols, options.out_layout),
+        tokens(options.out, shape.tokens, shape.rows, options.out_layout) {}
+};
+
+template <class F>
+void for_each_unit(const Shape& shape, const Options& options, const F& run) {
+  int64_t unit = 0;
+  for (int64_t row = 0; row < shape.rows; row += options.unit_rows)
+    for (int64_t col = 0; col < shape.cols; col += options.unit_cols, ++unit)
+      run(unit, Range{row, std::min(options.unit_rows, shape.rows - row), col, std::min(options.unit_cols, shape.cols - col)});
+}
+
+struct Inputs {
+  Owned A, B, C, D, weight, h, x, bias;
+  Factors factors;
+
+  Inputs(const Shape& shape, const Options& o)
+      : A(o.factors, shape.r1, shape.cols, o.layout),
+        B(o.factors, shape.rows, shape.r1, o.layout),
+        C(o.factors, shape.r2, shape.cols, o.layout),
+        D(o.factors, shape.rows, shape.r2, o.layout),
+        weight(o.weight, shape.rows, shape.cols, o.layout),
+        h(o.h, shape.rows, shape.cols, o.layout),
+        x(o.out, shape.tokens, shape.cols, o.layout),
+        bias(o.weight, 1, shape.rows, o.layout),
+        factors{A.fill(3, 0.5).view, B.fill(3, 0.5).view, C.fill(1, 1).view, D.fill(1, 1).view, 0.0625} {
+    weight.fill(64, 1.0 / 64);
+    h.fill(3, 1);
+    x.fill(3, 1);
+    bias.fill(3, 1);
+  }
+};
+
+void run(const KernelTable& kernels, const Shape& shape, const Options& options, const Inputs& inputs, Results& results) {
+  const Factors& factors = inputs.factors;
+  const bool wide = options.factors == Dtype::float64;
+  const PackedMemory packed(kernels, factors, wide), wide_packed(kernels, factors, true);
+
+  const Matrix weight = options.has_weight ? inputs.weight.view : Matrix{};
+  const WeightJob job = {factors, packed.view, results.weight.view, weight, 3, int64_t{1} << 33, options.dithers, true};
+  const Memory scratch(kernels.weight_scratch(job));
+  for_each_unit(shape, options, [&](int64_t, Range range) { kernels.weight(job, range, scratch.data()); });
+
+  GradientJob gradient = {job, inputs.h.view, packed.view, options.estimator, 0.5, true, true};
+  gradient.weight_job.out = results.second.view;
+  gradient.weight_job.streams = false;
+  if (options.h == Dtype::float64) gradient.wide_packed = wide_packed.view;
+  const Memory gradient_scratch(kernels.gradient_scratch(gradient));
+  const int64_t ranks = padded_ranks(factors), size = size_of(options.h);
+  for_each_unit(shape, options, [&](int64_t unit, Range range) {
+    char* down = static_cast<char*>(results.down.view.data) + unit * ranks * options.unit_cols * size;
+    char* up = static_cast<char*>(results.up.view.data) + unit * ranks * options.unit_rows * size;
+    kernels.gradient(gradient, range, {down, options.unit_cols, up}, gradient_scratch.data());
+  });
+
+  if ((options.out == Dtype::float64) != wide) return;  // as the operator demands
+  TokenJob tokens = {job, inputs.x.view, results.tokens.view, options.has_bias ? inputs.bias.view : Matrix{}};
+  tokens.weight_job.out = Matrix{};
+  tokens.weight_job.out.dtype = options.out;
+  const Memory token_scratch(kernels.token_scratch(tokens));
+  for (int64_t row = 0; row < shape.rows; row += kTokenRows)
+    kernels.token(tokens, row, std::min(kTokenRows, shape.rows - row), token_scratch.data());
+}
+
+int compare(const KernelTable& kernels) {
+  constexpr Shape shapes[] = {{1, 1, 1, 1, 1},    {5, 7, 2, 3, 3},     {16, 16, 4, 4, 4},   {17, 33, 5, 1, 1},
+                              {31, 48, 16, 16, 8}, {64, 97, 8, 20, 5}, {33, 383, 3, 17, 2}, {40, 400, 33, 7, 16},
+                              {70, 777, 6, 6, 6}};
+  int failures = 0;
+  int64_t cases = 0;
+  for (const Shape& shape : shapes) {
+    for (Dtype factor : kDtypes) {
+      for (Dtype out : kDtypes) {
+        for (int variant = 0; variant < 12; ++variant) {
+          Options o;
+          o.factors = factor;
+          o.out = out;
+          o.weight = kDtypes[variant % 4];
+          o.h = factor == Dtype::float64 || variant % 3 == 0 ? Dtype::float64 : Dtype::float32;
+          o.has_weight = variant != 7;
+          o.dithers = variant % 2 == 0 && size_of(out) == 2;
+          o.has_bias = variant % 5 != 0;
+          o.layout = static_cast<Layout>(draw(0, 2));
+          o.out_layout = static_cast<Layout>(draw(0, 2));
+          o.estimator = static_cast<Estimator>(draw(0, 2));
+          o.unit_rows = kRowBlock * draw(1, 4);
+          o.unit_cols = draw(0, 1) ? kUnitCols : kUnitCols / 8;
+          const Inputs inputs(shape, o);
+          const int64_t units = ((shape.rows + o.unit_rows - 1) / o.unit_rows) * ((shape.cols + o.unit_cols - 1) / o.unit_cols);
+          const int64_t ranks = padded_ranks(inputs.factors);
+          Results ours(shape, o, ranks, units), theirs(shape, o, ranks, units);
+          run(kernels, shape, o, inputs, ours);
+          run(portable(), shape, o, inputs, theirs);
+          ++cases;
+          const char* wrong = !(ours.weight == theirs.weight)     ? "W"
+                              : !(ours.down == theirs.down)       ? "sums for A and C"
+                              : !(ours.up == theirs.up)           ? "sums for B and D"
+                              : !(ours.second == theirs.second)   ? "W of the gradients"
+                              : !(ours.tokens == theirs.tokens)   ? "few tokens"
+                                                                  : nullptr;
+          if (wrong == nullptr) continue;
+          ++failures;
+          std::printf("%s: %s differ: W [%d, %d], ranks %d and %d, factors %s, weight %s, out %s, variant %d\n", kernels.name,
+                      wrong, static_cast<int>(shape.rows), static_cast<int>(shape.cols), static_cast<int>(shape.r1),
+                      static_cast<int>(shape.r2), kNames[static_cast<int>(factor)], kNames[static_cast<int>(o.weight)],
+                      kNames[static_cast<int>(out)], variant);
+        }
+      }
+    }
+  }
+  std::printf("%s against %s: %d of %d cases differ\n", kernels.name, portable().name, failures, static_cast<int>(cases));
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+  struct Choice {
+    const KernelTable& (*table)();
+    bool runs;
+  };
+  const Choice choices[] = {
+#if defined(DUAL_LORA_X86)
+      {avx512, __builtin_cpu_supports("avx512f") != 0},
+      {avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#elif defined(DUAL_LORA_NEON)
+      {neon, true},
+#endif
+      {portable, true},
+  };
+  int failures = 0;
+  for (const Choice& choice : choices) {
+    if (choice.runs) failures += compare(choice.table());
+    else std::printf("%s: not on this processor\n", choice.table().name);
+  }
+  return failures == 0 ? 0 : 1;
+}
