@@ -26,7 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     told: dict[str, Any] = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: told.update(arguments))
     monkeypatch.chdir(ROOT)
-    return SimpleNamespace(**runpy.run_path("setup.py"), told=told)
+    return SimpleNamespace(**runpy.run_path("setup.py", run_name="__main__"), told=told)
 
 
 def test_every_source_is_compiled_for_some_architecture(script: SimpleNamespace) -> None:
