@@ -122,7 +122,7 @@ def part_functions(
     def contract() -> None:
         for start, stop, block in columns():
             parts = factors.columns(start, stop), sums.columns(start, stop)
-            backend.factor_gradients(block, parts[0], "clip", 1.0, parts[1], torch.float32, workspace)
+            backend.factor_gradients(block, parts[0], 0, start, "clip", 1.0, parts[1], torch.float32, workspace)
 
     def contract_and_generate() -> None:
         for start, stop, block in columns():

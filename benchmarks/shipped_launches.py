@@ -12,7 +12,7 @@ from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture
 from dual_lora_kernels.backends.triton.launches import Launch
 from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
-from dual_lora_kernels.reference import accumulation_dtype
+from dual_lora_kernels.precision import accumulation_dtype
 
 from .environment import DTYPE_NAMES
 

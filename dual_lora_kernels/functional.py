@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import reference
-from .backends import check_backend_name, default_backend
+from . import panels
+from .backends import Factors, check_backend_name, default_backend, resolve_backend
 from .ops import NAMESPACE
 from .validation import (
     ROUNDINGS,
@@ -194,7 +194,10 @@ def dual_lora_delta(
         check_dtype("dtype", dtype)
     scale = as_scale_tensor(scale, A)
     check_scale_value(scale)
-    return reference.effective_weight(None, A, B, C, D, scale, dtype or A.dtype, "nearest")
+    update = A.new_empty((B.shape[0], A.shape[1]), dtype=dtype)
+    chosen = resolve_backend(default_backend(), A.device, update.dtype, A.dtype)
+    panels.write_weight(update, None, Factors(A, B, C, D, scale), "nearest", chosen)
+    return update
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 
 from . import panels, passes
 from .backends import FactorGradients, Factors, resolve_backend
-from .reference import accumulation_dtype
+from .precision import accumulation_dtype
 from .validation import check_scale_value
 
 NAMESPACE = "dual_lora_kernels"
@@ -171,7 +171,7 @@ def merge_kernel(
     """W0 ← round(W0 + ΔW), in place."""
     check_scale_value(scale)
     chosen = resolve_backend(backend, weight.device, weight.dtype, A.dtype)
-    panels.merge_(weight, Factors(A, B, C, D, scale), rounding, chosen)
+    panels.write_weight(weight, weight, Factors(A, B, C, D, scale), rounding, chosen)
     torch.autograd.graph.increment_version(weight)  # kernels write past PyTorch's own counting
 
 

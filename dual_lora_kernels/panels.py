@@ -11,20 +11,20 @@ from collections.abc import Iterator
 
 import torch
 
-from .backends.base import Backend, FactorGradients, Factors, SharedProducts
-from .reference import accumulation_dtype
+from .backends.base import PANEL_UNIT, Backend, FactorGradients, Factors, SharedProducts
+from .precision import accumulation_dtype
 from .validation import check_positive_int
 
 DEFAULT_WORKSPACE_BYTES = 32 * 1024 * 1024
 _workspace_bytes = DEFAULT_WORKSPACE_BYTES
-_ALIGNMENT = 64
 
 
 def set_workspace_bytes(count: int) -> None:
     """Bound the temporary memory of a call, in bytes (default 32 MiB).
 
-    A panel takes at least one row or column, and the Triton backend's partial sums of gradients at least one row of
-    tiles, so the bound is exceeded where that alone is larger.
+    A panel takes at least one row or column, the Triton backend's partial sums of gradients at least one row of tiles,
+    and the eager backend six tiles, 1.5 MiB (3 MiB for fp64 factors), so the bound is exceeded where that alone is
+    larger.
     """
     global _workspace_bytes
     check_positive_int("count", count)
@@ -36,13 +36,13 @@ def workspace_bytes() -> int:
     return _workspace_bytes
 
 
-def split(extent: int, bytes_per_line: int, budget: int) -> list[tuple[int, int]]:
+def split(extent: int, bytes_per_line: int, budget: int, unit: int = PANEL_UNIT) -> list[tuple[int, int]]:
     """Split `extent` lines into as few, nearly equal panels of at most `budget` bytes as possible.
 
-    They start at multiples of 64 lines where that many fit: GPUs load and multiply unaligned columns slower.
+    They start at multiples of `unit` lines where that many fit, else of `PANEL_UNIT`, else anywhere.
     """
     largest = max(1, budget // max(1, bytes_per_line))
-    unit = _ALIGNMENT if largest >= _ALIGNMENT else 1
+    unit = next(lines for lines in (unit, PANEL_UNIT, 1) if lines <= largest)
     units = -(-extent // unit)
     count = -(-units // (largest // unit))
     starts = [units * i // count * unit for i in range(count)]
@@ -63,7 +63,7 @@ def forward(
     if x.shape[0] == 0:
         return y
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
-    panels = split(out_features, in_features * x.itemsize, budget)
+    panels = split(out_features, in_features * x.itemsize, budget, backend.panel_unit)
     buffer = x.new_empty(max(stop - start for start, stop in panels), in_features)
     for start, stop in panels:
         panel = buffer[: stop - start]
@@ -85,7 +85,7 @@ def input_gradient(
     if grad.shape[0] == 0:
         return grad_x
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
-    panels = split(in_features, out_features * grad.itemsize, budget)
+    panels = split(in_features, out_features * grad.itemsize, budget, backend.panel_unit)
     buffer = grad.new_empty(max(stop - start for start, stop in panels) * out_features)
     for start, stop in panels:
         panel = buffer[: out_features * (stop - start)].view(out_features, stop - start)
@@ -113,7 +113,7 @@ def parameter_gradients(
     dtype = accumulation_dtype(torch.promote_types(x.dtype, factors.A.dtype))
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
-    panels = split(out_features, in_features * dtype.itemsize, budget - cast_budget)
+    panels = split(out_features, in_features * dtype.itemsize, budget - cast_budget, backend.panel_unit)
     buffer = x.new_empty((max(stop - start for start, stop in panels), in_features), dtype=dtype)
     for start, stop in panels:
         h = buffer[: stop - start]
@@ -121,9 +121,8 @@ def parameter_gradients(
         if grad_weight is not None:
             grad_weight[start:stop].copy_(h)
         if gradients.wanted:
-            backend.factor_gradients(
-                h, factors.rows(start, stop), ste, clip_bound, gradients.rows(start, stop), x.dtype, _workspace_bytes
-            )
+            part, parts = factors.rows(start, stop), gradients.rows(start, stop)
+            backend.factor_gradients(h, part, start, 0, ste, clip_bound, parts, x.dtype, _workspace_bytes)
 
 
 def gradients(
@@ -149,7 +148,7 @@ def gradients(
     budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
     bytes_each = dtype.itemsize + (0 if dtype == grad.dtype else grad.itemsize)
-    panels = split(in_features, out_features * bytes_each, budget - cast_budget)
+    panels = split(in_features, out_features * bytes_each, budget - cast_budget, backend.panel_unit)
     largest = max(stop - start for start, stop in panels)
     h_buffer = x.new_empty(largest * out_features, dtype=dtype)
     w_buffer = h_buffer if dtype == grad.dtype else grad.new_empty(largest * out_features)
@@ -175,11 +174,14 @@ def gradients(
     return grad_x
 
 
-def merge_(weight: torch.Tensor, factors: Factors, rounding: str, backend: Backend) -> None:
-    """W0 ← round(W0 + ΔW) in place, over row panels: the bits that `forward` uses in the weight's dtype."""
-    for start, stop in split(weight.shape[0], weight.shape[1] * weight.itemsize, _workspace_bytes):
-        rows = weight[start:stop]
-        backend.effective_weight(rows, rows, factors.rows(start, stop), start, 0, rounding, _workspace_bytes)
+def write_weight(
+    out: torch.Tensor, weight: torch.Tensor | None, factors: Factors, rounding: str, backend: Backend
+) -> None:
+    """out ← round(W0 + ΔW), over row panels: the bits that `forward` uses in `out`'s dtype. `out` may be `weight`."""
+    for start, stop in split(out.shape[0], out.shape[1] * out.itemsize, _workspace_bytes, backend.panel_unit):
+        base = None if weight is None else weight[start:stop]
+        part = factors.rows(start, stop)
+        backend.effective_weight(out[start:stop], base, part, start, 0, rounding, _workspace_bytes)
 
 
 def _product_reaches(x: torch.Tensor, dtype: torch.dtype) -> bool:

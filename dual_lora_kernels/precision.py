@@ -1,4 +1,4 @@
-"""A guard that keeps fp32 matrix products in fp32 whatever the process-wide setting says."""
+"""Precision of products: what they accumulate in, and a guard that keeps fp32 ones in fp32 whatever a setting says."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ _SETTINGS: dict[str, Any] = {
 _lock = threading.Lock()
 _inside: dict[int, int] = {}
 _before: dict[int, str] = {}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .precision import ieee_matmul
+from .precision import accumulation_dtype
 from .rounding import round_to
-
-_RANK_SLICE = 256
 
 
 class Gradients(NamedTuple):
@@ -34,31 +32,13 @@ class Gradients(NamedTuple):
     bias: torch.Tensor
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+def rank_product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """up [n, r] @ down [r, k], accumulated in fp32 (fp64 for fp64 factors), as one product of the vendor's.
 
-
-def rank_product(up: torch.Tensor, down: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """up [n, r] @ down [r, k], accumulated in fp32 (fp64 for fp64 factors), into `out` [n, k] if given.
-
-    An element must come out with the same bits whichever block it is computed in, or Q's sign would differ between
-    passes. MKL does that for true matrix products of ranks up to 256 (measured, docs/numerics.md). It splits longer
-    sums by the block's shape, so those are summed in fixed slices, and it hands single rows and single columns to gemv,
-    which sums in another order, so those are computed two at a time.
+    Its last bits may depend on the block's shape (docs/numerics.md), which no backend's do.
     """
-    n, k = up.shape[0], down.shape[1]
     dtype = accumulation_dtype(up.dtype)
-    up, down = up.to(dtype), down.to(dtype)
-    if n == 1 or k == 1:
-        pairs = rank_product(up.expand(2, -1) if n == 1 else up, down.expand(-1, 2) if k == 1 else down)
-        return pairs[:n, :k] if out is None else out.copy_(pairs[:n, :k])
-    with ieee_matmul(up.device.type):
-        product = torch.mm(up[:, :_RANK_SLICE], down[:_RANK_SLICE], out=out)
-        for start in range(_RANK_SLICE, up.shape[1], _RANK_SLICE):
-            # A separate addition: addmm_ may start its sum from the old value or not, by the block's shape.
-            product.add_(torch.mm(up[:, start : start + _RANK_SLICE], down[start : start + _RANK_SLICE]))
-    return product
+    return up.to(dtype) @ down.to(dtype)
 
 
 def sign(q: torch.Tensor) -> torch.Tensor:

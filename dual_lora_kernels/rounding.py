@@ -44,29 +44,21 @@ def is_dithered(dtype: torch.dtype, rounding: str) -> bool:
     return rounding == "dither" and dtype in _DROPPED_BITS
 
 
-def dither_field(
-    rows: int, cols: int, row0: int, col0: int, device: torch.device, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def dither_field(rows: int, cols: int, row0: int, col0: int, device: torch.device) -> torch.Tensor:
     """The 32-bit field u = row[n]·col[k] mod 2³² of one block, as wrapping int32 of shape [rows, cols]."""
-    row = row_hashes(row0, rows, device)
-    col = column_hashes(col0, cols, device)
-    return torch.mul(row[:, None], col[None, :], out=out)
+    return row_hashes(row0, rows, device)[:, None] * column_hashes(col0, cols, device)[None, :]
 
 
-def dither_(
-    values: torch.Tensor, dtype: torch.dtype, row0: int, col0: int, scratch: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Move fp32 `values` [rows, cols] onto the grid of `dtype` (bfloat16 or float16), in place, and return them.
+def dither_(values: torch.Tensor, dtype: torch.dtype, field: torch.Tensor) -> torch.Tensor:
+    """Move fp32 `values` onto the grid of `dtype` (bfloat16 or float16), in place, and return them.
 
-    Adds the field's top bits under the kept significand and truncates. NaN stays NaN: its bits could wrap into a
-    number. Infinity survives the addition, since its significand is zero and the noise is truncated away again.
-
-    `row0`, `col0`: the block's position in the full weight. `scratch`: int32 [rows, cols] to work in.
+    Adds the top bits of `field`, int32 of the same shape, under the kept significand and truncates; `field` is
+    overwritten. NaN stays NaN: its bits could wrap into a number. Infinity survives the addition, since its
+    significand is zero and the noise is truncated away again.
     """
     dropped = _DROPPED_BITS[dtype]
     is_nan = values != values
-    noise = dither_field(values.shape[0], values.shape[1], row0, col0, values.device, scratch)
-    noise.bitwise_right_shift_(32 - dropped).bitwise_and_((1 << dropped) - 1)
+    noise = field.bitwise_right_shift_(32 - dropped).bitwise_and_((1 << dropped) - 1)
     values.view(torch.int32).add_(noise).bitwise_and_(-(1 << dropped))
     return values.masked_fill_(is_nan, torch.nan)
 
@@ -78,5 +70,6 @@ def round_to(values: torch.Tensor, dtype: torch.dtype, rounding: str, row0: int 
     they are, so W0 survives untouched where ΔW = 0.
     """
     if is_dithered(dtype, rounding):
-        values = dither_(values.to(torch.float32, copy=True), dtype, row0, col0)
+        field = dither_field(values.shape[0], values.shape[1], row0, col0, values.device)
+        values = dither_(values.to(torch.float32, copy=True), dtype, field)
     return values.to(dtype)

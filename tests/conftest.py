@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, settings
 from dual_lora_kernels import available_backends, set_strategy, set_workspace_bytes, strategy, workspace_bytes
 from dual_lora_kernels.backends import _BACKENDS
 
+from .accuracy import NAIVE_ERRORS, error_ratios, summary  # noqa: F401  # a fixture of every test
+
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
 
@@ -68,6 +70,19 @@ def pytest_report_header() -> list[str]:
     missing = {name: backend.unavailable() for name, backend in _BACKENDS.items()}
     present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
     return ["backends: " + ", ".join(present), *(f"no {name}: {reason}" for name, reason in missing.items() if reason)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The errors that tests compared with the naive implementation's."""
+    lines = summary(report for reports in terminalreporter.stats.values() for report in reports if _is_call(report))
+    if lines:
+        terminalreporter.section(f"largest rms error over the naive implementation's, at most {NAIVE_ERRORS}")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _is_call(report: object) -> bool:
+    return isinstance(report, pytest.TestReport) and report.when == "call"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,6 +6,8 @@ import torch
 
 from dual_lora_kernels import DualLoraLinear, reference
 
+from .problems import exact
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
 K, N = 24, 20
@@ -18,6 +20,19 @@ def make(
     torch.manual_seed(seed)
     options = {"r1": 4, "r2": 3, "alpha": 2.0, "init_std": 0.3} | options
     return DualLoraLinear(in_features, out_features, dtype=dtype, **options)  # type: ignore[arg-type]
+
+
+def make_exact(
+    dtype: torch.dtype = torch.float32, in_features: int = K, out_features: int = N, seed: int = 0, **options: object
+) -> DualLoraLinear:
+    """A layer of small integers times powers of two: every product is exact, so any backend has the reference's bits."""
+    layer = make(dtype, in_features, out_features, seed, **options)
+    problem = exact(1, out_features, in_features, layer.r1, layer.r2, dtype=dtype, seed=seed)
+    with torch.no_grad():
+        for name in ("weight", "A", "B", "C", "D"):
+            getattr(layer, name).copy_(getattr(problem, name))
+    layer.set_scale(problem.scale.item())
+    return layer
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

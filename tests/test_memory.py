@@ -12,8 +12,9 @@ from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 from .conftest import IS_INTERPRETED
 from .problems import Problem, gaussian
 
-WORKSPACE = 1 << (16 if IS_INTERPRETED else 18)
-TOKENS, ROWS, COLUMNS, RANK = 16, *((384, 512, 4) if IS_INTERPRETED else (768, 1024, 16))
+WORKSPACE = 1 << (16 if IS_INTERPRETED else 22)
+"""The second is what the eager backend's tiles need at least, in fp64, and its panels of one row of tiles."""
+TOKENS, ROWS, COLUMNS, RANK = 16, *((384, 512, 4) if IS_INTERPRETED else (3072, 4096, 16))
 THIN = 4 * RANK * (ROWS + COLUMNS) * 4
 """Bytes of the four factors' fp32 gradients, twice over: what is rank-sized may be copied."""
 HASHES = 4 * 8 * (ROWS + COLUMNS)
@@ -32,6 +33,18 @@ def _problem(dtype: torch.dtype, device: torch.device) -> Problem:
     """Fused passes keep partial sums, one row of tiles of which must fit the workspace: at rank 4 it does."""
     rank = 4 if strategy() == "fused" else RANK
     return gaussian(TOKENS, ROWS, COLUMNS, rank, rank, dtype=dtype, device=device).requiring_grad()
+
+
+def _vendor_scratch(problem: Problem) -> int:
+    """Bytes that the vendor's own products of these operands take: oneDNN packs bf16 operands where there are bf16
+    units, through PyTorch's allocator. MKL's packing is not seen at all."""
+    x, weight, grad = problem.x.detach(), problem.weight.detach(), problem.grad
+
+    def products() -> list[torch.Tensor]:
+        return [x @ weight.t(), grad @ weight, grad.t() @ x]
+
+    products()
+    return peak_temporary_bytes(products, x.device).peak_temporary
 
 
 def _step(problem: Problem, ste: str, backend: str) -> AllocationTrace:
@@ -59,8 +72,10 @@ def test_a_step_stays_within_the_workspace(device: torch.device, backend: str, d
     assert whole >= 6 * WORKSPACE  # else the test could not fail
     trace = _step(problem, ste, backend)
     activations = TOKENS * (ROWS + COLUMNS) * 8  # what is token-sized may be copied or widened
-    assert trace.peak_temporary <= WORKSPACE + THIN * dtype.itemsize // 2 + HASHES + activations
-    assert trace.largest <= WORKSPACE
+    scratch = _vendor_scratch(problem)
+    assert WORKSPACE + scratch < whole
+    assert trace.peak_temporary <= WORKSPACE + THIN * dtype.itemsize // 2 + HASHES + activations + scratch
+    assert trace.largest <= max(WORKSPACE, scratch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

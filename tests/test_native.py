@@ -51,7 +51,7 @@ def _gradients(
         options = (0, 0, "dither", ste, 1.0, gradients, workspace)
         NATIVE.weight_and_factor_gradients(weight["out"], problem.weight, h, problem.factors, *options)
     else:
-        NATIVE.factor_gradients(h, problem.factors, ste, 1.0, gradients, dtype, workspace)
+        NATIVE.factor_gradients(h, problem.factors, 0, 0, ste, 1.0, gradients, dtype, workspace)
     return gradients
 
 
@@ -88,7 +88,7 @@ def test_exact_gradients(data: st.DataObject, case: Case) -> None:
     before = [None if tensor is None else tensor._base.clone() for tensor in written]
     options = (gradients.ste, gradients.clip_bound, gradients.gradients)
     if out is None:
-        NATIVE.factor_gradients(h, case.factors, *options, case.out_dtype, gradients.workspace)
+        NATIVE.factor_gradients(h, case.factors, case.row0, case.col0, *options, case.out_dtype, gradients.workspace)
     else:
         NATIVE.weight_and_factor_gradients(
             out, case.weight, h, case.factors, case.row0, case.col0, case.rounding, *options, gradients.workspace

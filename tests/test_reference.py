@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_lora_kernels import dual_lora_delta, reference
-from dual_lora_kernels.precision import ieee_matmul
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .problems import autograd_gradients, gaussian, relative_error
@@ -77,76 +76,3 @@ def test_delta_is_the_papers_formula() -> None:
             q = sum(problem.D[n, i] * problem.C[i, k] for i in range(2))
             expected = problem.scale * max(p, torch.zeros(())) * (1 if q > 0 else -1)
             assert delta[n, k] == pytest.approx(expected.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@given(n=st.integers(1, 200), k=st.integers(1, 200), r=st.integers(1, 1200), seed=st.integers(0, 9), data=st.data())
-def test_rank_products_have_the_same_bits_in_every_block(
-    dtype: torch.dtype, n: int, k: int, r: int, seed: int, data: st.DataObject
-) -> None:
-    """The sign of Q must not depend on the tile: single rows and columns go another way in BLAS."""
-    problem = gaussian(1, n, k, r, 1, dtype=dtype, seed=seed)
-    row = data.draw(st.integers(0, n - 1))
-    row_end = data.draw(st.integers(row + 1, n))
-    col = data.draw(st.integers(0, k - 1))
-    col_end = data.draw(st.integers(col + 1, k))
-    whole = reference.rank_product(problem.B, problem.A)
-    block = reference.rank_product(problem.B[row:row_end], problem.A[:, col:col_end])
-    assert torch.equal(block, whole[row:row_end, col:col_end])
-
-
-@pytest.mark.parametrize("setting", ["high", "medium"])
-def test_rank_products_ignore_reduced_matmul_precision(setting: str) -> None:
-    """torch.set_float32_matmul_precision rounds fp32 operands to TF32 or bf16, which would flip signs of Q."""
-    problem = gaussian(1, 256, 256, 16, 16)
-    expected = reference.rank_product(problem.D, problem.C)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        computed = reference.rank_product(problem.D, problem.C)
-        assert torch.get_float32_matmul_precision() == setting
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert torch.equal(computed, expected)
-
-
-def test_large_ranks_are_summed_alike_in_large_blocks() -> None:
-    """MKL splits sums of 1024 terms by the block's shape: 129016 of 153600 elements differed before slicing."""
-    problem = gaussian(1, 1024, 1536, 1024, 1)
-    whole = reference.rank_product(problem.B, problem.A)
-    for rows in (2, 100, 700):
-        assert torch.equal(reference.rank_product(problem.B[:rows], problem.A), whole[:rows])
-    for columns in (2, 100, 700):
-        assert torch.equal(reference.rank_product(problem.B, problem.A[:, :columns]), whole[:, :columns])
-
-
-def test_the_precision_guard_holds_until_its_last_thread_leaves() -> None:
-    setting = torch.backends.mkldnn.matmul
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert setting.fp32_precision == "bf16"
-        first, second = ieee_matmul("cpu"), ieee_matmul("cpu")
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert setting.fp32_precision == "ieee"
-        second.__exit__(None, None, None)
-        assert setting.fp32_precision == "bf16"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def test_the_precision_guard_gives_inherited_values_back() -> None:
-    """Writing the parent's value into the child would pin it there."""
-    child, parent = torch.backends.cuda.matmul, torch.backends
-    before = child.fp32_precision, parent.fp32_precision
-    child.fp32_precision, parent.fp32_precision = "none", "tf32"
-    try:
-        with ieee_matmul("cuda"):
-            assert child.fp32_precision == "ieee"
-        assert child.fp32_precision == "tf32"
-        parent.fp32_precision = "ieee"
-        assert child.fp32_precision == "ieee"
-    finally:
-        child.fp32_precision, parent.fp32_precision = before

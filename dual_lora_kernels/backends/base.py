@@ -6,6 +6,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+PANEL_UNIT = 64
+"""`Backend.panel_unit` of backends without a reason for another: GPUs load and multiply unaligned columns slower."""
+
 
 class Factors(NamedTuple):
     """The four factors of a block: A [r1, k], B [n, r1], C [r2, k], D [n, r2], one dtype, and the scale s (0-dim)."""
@@ -129,6 +132,9 @@ class Backend(Protocol):
 
     name: str
 
+    panel_unit: int
+    """Lines at whose multiples panels start where the workspace allows it, since that is what its kernels like."""
+
     @property
     def fused(self) -> FusedPasses | None:
         """Whole passes as single kernels, or None where every pass runs over panels."""
@@ -172,6 +178,8 @@ class Backend(Protocol):
         self,
         h: torch.Tensor,
         factors: Factors,
+        row0: int,
+        col0: int,
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,
@@ -180,6 +188,6 @@ class Backend(Protocol):
     ) -> None:
         """Add one block's contributions to `gradients`, from its complete H = Gᵀ X [n, k].
 
-        `h` is contiguous, fp32 or fp64, and may be overwritten. `compute_dtype` is that of the forward pass, whose P
-        and Q are to be rebuilt to the bit.
+        `h` is contiguous, fp32 or fp64, and may be overwritten. `row0`, `col0` place the block in the full weight.
+        `compute_dtype` is that of the forward pass, whose P and Q are to be rebuilt to the bit.
         """

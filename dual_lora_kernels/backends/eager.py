@@ -1,4 +1,4 @@
-"""Plain PyTorch: `reference`'s formulas in place, over chunks of rows. Runs on every device.
+"""Plain PyTorch: the formulas in place, over parts of a block on a fixed grid. Runs on every device.
 
 Every intermediate lives in scratch that is allocated once a block. On a CPU that matters more than the arithmetic:
 with fresh temporaries the page faults made generating W 3 times slower (docs/decisions.md).
@@ -6,22 +6,21 @@ with fresh temporaries the page faults made generating W 3 times slower (docs/de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from .. import reference
-from ..rounding import dither_, is_dithered
+from ..rounding import column_hashes, dither_, is_dithered, row_hashes
 from .base import FactorGradients, Factors, FusedPasses, SharedProducts
+from .grid import TILE, RankProducts, parts, tile_count
 
 _BUFFERS = 6
-"""Chunk-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
+"""Part-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
 
 
 class EagerBackend:
     """The backend that is always there, and the fallback."""
 
     name = "eager"
+    panel_unit = TILE
     fused: FusedPasses | None = None
     shared_products: SharedProducts | None = None
 
@@ -38,7 +37,7 @@ class EagerBackend:
         return None
 
     def temporaries(self, workspace: int) -> int:
-        # Fewer, larger chunks beat chunks that fit in an L2 cache: 1.4 against 1.7 floors a step (docs/decisions.md).
+        # Fewer, larger parts beat parts that fit in an L2 cache: 1.4 against 1.7 floors a step (docs/decisions.md).
         return workspace // 2
 
     def effective_weight(
@@ -51,15 +50,21 @@ class EagerBackend:
         rounding: str,
         workspace: int,
     ) -> None:
+        products = RankProducts(factors, (row0, col0))
         dithers = is_dithered(out.dtype, rounding)
-        factors = factors.to(reference.accumulation_dtype(factors.A.dtype))
-        for start, stop, p, q, bits in self._chunks(out, factors, workspace, torch.int32 if dithers else None):
-            update = _update(factors.rows(start, stop), p, q)
-            target = out[start:stop]
-            base = None if weight is None else weight[start:stop]
+        most, p_scratch, q_scratch = self._scratch(out, (row0, col0), products.dtype, workspace)
+        bits = out.new_empty(p_scratch.numel() if dithers else 0, dtype=torch.int32)
+        hashes = row_hashes(row0, out.shape[0], out.device)[:, None], column_hashes(col0, out.shape[1], out.device)
+        for part in parts((row0, col0), out.shape, most):
+            p, q = products.write(part, p_scratch, q_scratch)
+            update = p.relu_().mul_(_sign_(q, factors.scale))  # one rounding: max(P, 0) · ±s
+            target = part.tiles(part.of(out))
+            base = None if weight is None else part.tiles(part.of(weight))
             if dithers:
                 total = update if base is None else torch.add(base, update, out=update)
-                target.copy_(dither_(total.to(torch.float32), out.dtype, row0 + start, col0, bits))
+                rows, columns = (part.tiles(part.of(hash.expand(out.shape))) for hash in hashes)
+                field = torch.mul(rows, columns, out=bits[: total.numel()].view(total.shape))
+                target.copy_(dither_(total.to(torch.float32), out.dtype, field))
             elif base is None:
                 target.copy_(update)
             else:
@@ -69,58 +74,51 @@ class EagerBackend:
         self,
         h: torch.Tensor,
         factors: Factors,
+        row0: int,
+        col0: int,
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,
         compute_dtype: torch.dtype,
         workspace: int,
     ) -> None:
-        # `reference.product_gradients` in place: ∂Q in scratch, then ∂P in h's storage, each only if it is wanted.
-        factors = factors.to(reference.accumulation_dtype(factors.A.dtype))
+        products = RankProducts(factors, (row0, col0))
         wide = factors.to(h.dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
-        for start, stop, p, q, grad_q in self._chunks(h, factors, workspace, h.dtype):
-            narrow = factors.rows(start, stop)
-            part, grads = wide.rows(start, stop), gradients.rows(start, stop)
-            scaled = h[start:stop].mul_(factors.scale)
-            reference.rank_product(narrow.B, narrow.A, p).relu_()
-            reference.rank_product(narrow.D, narrow.C, q)
+        most, p_scratch, q_scratch = self._scratch(h, (row0, col0), products.dtype, workspace)
+        grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0)
+        for part in parts((row0, col0), h.shape, most):
+            p, q = products.write(part, p_scratch, q_scratch)
+            rows, columns = part.rows.lines, part.columns.lines
+            near = wide.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
+            grads = gradients.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
+            scaled = part.of(h).mul_(factors.scale)
+            p.relu_()
             if gradients.direction_wanted:
-                torch.mul(scaled, p, out=grad_q)
+                grad_q = grad_scratch[: scaled.numel()].view(scaled.shape)
+                tiles = part.tiles(grad_q)
+                torch.mul(part.tiles(scaled), p, out=tiles)
                 if ste == "clip":
                     grad_q.clamp_(-clip_bound, clip_bound)
-                else:
-                    grad_q.copy_(reference.estimator_gradient(grad_q, q, ste))
-                _contract(grad_q, part.D, part.C, grads.D, grads.C)
+                elif ste == "xnor":
+                    tiles.masked_fill_((q.abs() <= 1).logical_not_(), 0)
+                _contract(grad_q, near.D, near.C, grads.D, grads.C)
             if gradients.magnitude_wanted:
-                grad_p = scaled.mul_(_sign_(q)).mul_(p.gt_(0))
-                _contract(grad_p, part.B, part.A, grads.B, grads.A)
+                part.tiles(scaled).mul_(_sign_(q).mul_(p.gt_(0)))
+                _contract(scaled, near.B, near.A, grads.B, grads.A)
 
-    def _chunks(
-        self, block: torch.Tensor, factors: Factors, workspace: int, third: torch.dtype | None
-    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Row ranges of `block`, each with scratch of its shape: for P, for Q, and one of dtype `third` if any."""
-        rows, cols = block.shape
-        dtype = reference.accumulation_dtype(factors.A.dtype)
-        bytes_each = self.temporaries(workspace) // _BUFFERS
-        step = min(rows, max(1, bytes_each // (dtype.itemsize * max(1, cols))))
-        scratch = [block.new_empty(step * cols, dtype=dtype) for _ in range(2)]
-        scratch.append(block.new_empty(step * cols if third else 0, dtype=third))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            p, q, last = (s[: (stop - start) * cols].view(-1, cols) if len(s) else s for s in scratch)
-            yield start, stop, p, q, last
+    def _scratch(
+        self, block: torch.Tensor, origin: tuple[int, int], dtype: torch.dtype, workspace: int
+    ) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """How many tiles of a block may be taken at a time, and room for P and Q of as many."""
+        most = max(1, self.temporaries(workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
+        tiles = min(most, tile_count(origin, block.shape))
+        p, q = (block.new_empty(tiles * TILE * TILE, dtype=dtype) for _ in range(2))
+        return most, p, q
 
 
 def _sign_(q: torch.Tensor, magnitude: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """`reference.sign` in place, times `magnitude`: exactly 2m − m or 0 − m. Faster than torch.where or copysign."""
+    """±`magnitude` by the sign of q, in place: exactly 2m − m or 0 − m. Faster than torch.where or copysign."""
     return q.gt_(0).mul_(2 * magnitude).sub_(magnitude)
-
-
-def _update(factors: Factors, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """`reference.delta` of one chunk, in p's storage; q is overwritten. One rounding, as there: max(P, 0) · ±s."""
-    reference.rank_product(factors.B, factors.A, p)
-    reference.rank_product(factors.D, factors.C, q)
-    return p.relu_().mul_(_sign_(q, factors.scale))
 
 
 def _contract(

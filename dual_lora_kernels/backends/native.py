@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..rounding import is_dithered
-from .base import FactorGradients, Factors
+from .base import PANEL_UNIT, FactorGradients, Factors
 
 _PACKAGE = Path(__file__).parents[1]
 _FEW_TOKENS = 64
@@ -27,6 +27,7 @@ class NativeBackend:
     """The backend for CPUs."""
 
     name = "native"
+    panel_unit = PANEL_UNIT
 
     @property
     def fused(self) -> NativeFewTokens:
@@ -68,6 +69,8 @@ class NativeBackend:
         self,
         h: torch.Tensor,
         factors: Factors,
+        row0: int,
+        col0: int,
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ..base import FactorGradients, Factors, FusedPasses, SharedProducts
+from ..base import PANEL_UNIT, FactorGradients, Factors, FusedPasses, SharedProducts
 
 LEAST_TRITON = (3, 6)
 
@@ -19,6 +19,7 @@ class TritonBackend:
     """The backend for GPUs; on a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), for tests."""
 
     name = "triton"
+    panel_unit = PANEL_UNIT
     shared_products: SharedProducts | None = None
 
     @property
@@ -66,6 +67,8 @@ class TritonBackend:
         self,
         h: torch.Tensor,
         factors: Factors,
+        row0: int,
+        col0: int,
         ste: str,
         clip_bound: float,
         gradients: FactorGradients,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ...reference import accumulation_dtype
+from ...precision import accumulation_dtype
 from ..base import Factors
 from .architecture import Architecture, architecture
 from .execute import fused_rank_limit, least_token_product_bytes

@@ -9,7 +9,7 @@ from threading import Thread
 
 import torch
 
-from ...reference import accumulation_dtype
+from ...precision import accumulation_dtype
 from ...rounding import column_hashes, is_dithered, row_hashes
 from ..base import FactorGradients, Factors
 from . import launches

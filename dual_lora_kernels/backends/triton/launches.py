@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from ...reference import accumulation_dtype
+from ...precision import accumulation_dtype
 from ...rounding import is_dithered
 from ..base import FactorGradients, Factors
 from .architecture import Architecture, is_interpreted
