@@ -13,11 +13,12 @@ SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
 
-.PHONY: help demo test test-eager test-triton sanitize cross lint kernels bench gpu-session clean
+.PHONY: help demo test test-eager test-triton test-few-machines test-machines sanitize cross lint kernels bench gpu-session clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
 	@echo "make test   run the test suite, then its numerical part on the Triton kernels in Triton's interpreter"
+	@echo "make test-machines  the numerical tests under all settings that stand in for other machines (a quarter of an hour)"
 	@echo "make sanitize  the native kernels' tests on a build with the address and undefined-behaviour sanitizers"
 	@echo "make cross  this machine's instruction sets, and ARM's in an emulator, against the portable kernels, bit for bit;"
 	@echo "            needs g++-aarch64-linux-gnu and qemu-user-static"
@@ -39,10 +40,17 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/
 demo: $(VENV)/.installed
 	$(PYTHON) -m examples.demo --out $(OUT)
 
-test: test-eager test-triton
+test: test-eager test-triton test-few-machines
 
 test-eager: $(VENV)/.installed
 	$(PYTHON) -m pytest
+
+# Settings that stand in for other processors, libraries' paths and thread counts (benchmarks/machines.py).
+test-few-machines: $(VENV)/.installed
+	$(PYTHON) -m tests.machines
+
+test-machines: $(VENV)/.installed
+	$(PYTHON) -m tests.machines --every
 
 # Triton's interpreter is Python and NumPy: more threads only get into each other's way.
 test-triton: $(VENV)/.installed

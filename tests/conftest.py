@@ -37,7 +37,7 @@ if IS_INTERPRETED:
 
 settings.register_profile(
     "default",
-    max_examples=6 if IS_INTERPRETED else 40,  # a pass takes a second there
+    max_examples=int(os.environ.get("DUAL_LORA_EXAMPLES", 6 if IS_INTERPRETED else 40)),  # a pass takes a second there
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

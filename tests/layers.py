@@ -25,7 +25,7 @@ def make(
 def make_exact(
     dtype: torch.dtype = torch.float32, in_features: int = K, out_features: int = N, seed: int = 0, **options: object
 ) -> DualLoraLinear:
-    """A layer of small integers times powers of two: every product is exact, so any backend has the reference's bits."""
+    """A layer of small integers times powers of two: products are exact, and any backend's bits the reference's."""
     layer = make(dtype, in_features, out_features, seed, **options)
     problem = exact(1, out_features, in_features, layer.r1, layer.r2, dtype=dtype, seed=seed)
     with torch.no_grad():
