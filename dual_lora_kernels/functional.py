@@ -131,7 +131,7 @@ def dual_lora_linear(
             "dual_lora_linear does not support forward-mode differentiation: its kernels would drop the tangent. Use "
             "autograd's backward."
         )
-    check_estimator(ste, clip_bound)
+    clip_bound = check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
     backend = default_backend() if backend is None else backend
     check_backend_name(backend)

@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear, dual_lora_merge_
-from .validation import SUPPORTED_DTYPES, check_dtype, check_hyperparameters, check_number, check_positive_int
+from .validation import (
+    LARGEST_SCALE,
+    SUPPORTED_DTYPES,
+    check_dtype,
+    check_hyperparameters,
+    check_number,
+    check_positive_int,
+)
 
 FACTOR_NAMES = ("A", "B", "C", "D")
 
@@ -125,7 +133,7 @@ class DualLoraLinear(nn.Module):
         self.in_features, self.out_features, self.transposed = in_features, out_features, False
         self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
         self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(float(dropout))
         self._unmerged_weight: torch.Tensor | None = None
 
         base: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -186,9 +194,8 @@ class DualLoraLinear(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Set s in place: compiled graphs and captured CUDA graphs see it. ValueError unless it is finite."""
-        check_number("scale", scale)
-        self.scale.fill_(scale)
+        """Set s in place: compiled graphs and captured CUDA graphs see it. ValueError unless it is finite in fp32."""
+        self.scale.fill_(check_number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE))
 
     def _oriented_weight(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; a view."""
@@ -300,9 +307,9 @@ class DualLoraLinear(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, DataParallel and DDP, whose names have no prefix."""
+    """The model inside torch.compile's wrapper, DataParallel, DDP and AveragedModel, whose names have no prefix."""
     while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

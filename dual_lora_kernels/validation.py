@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
 ROUNDINGS = ("dither", "nearest")
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST_SCALE = torch.finfo(torch.float32).max
+"""Of α/√(r1·r2) and of what else a layer keeps in fp32."""
+_LARGEST_INT = 2**31 - 1
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a tensor."""
+    """Raise TypeError unless `value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a tensor")
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
+        raise TypeError(f"{name}: got an uninitialised {type(value).__name__}; run the lazy module once first")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one of layout torch.strided")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -29,18 +40,29 @@ def check_positive_int(name: str, value: object) -> None:
     """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a positive integer")
-    if int(value) < 1:
-        raise ValueError(f"{name}: got {value}, expected a positive integer")
+    if not 1 <= int(value) <= _LARGEST_INT:
+        raise ValueError(f"{name}: got {_shortened(value)}, expected a positive integer of at most {_LARGEST_INT}")
 
 
-def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise TypeError unless `value` is a number, ValueError unless it is finite and low <= value <= high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: object, low: float = -_LARGEST_FLOAT, high: float = _LARGEST_FLOAT) -> float:
+    """Return a real number, NumPy's included, as Python's.
+
+    Raises TypeError unless `value` is a number, ValueError unless it is finite and low <= value <= high.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
+    number = value if isinstance(value, (int, float)) else float(value)
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a dynamic float.
-    if not (-math.inf < value < math.inf and low <= value <= high):
-        bounds = "" if math.isinf(low) and math.isinf(high) else f" in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}: got {value!r}, expected a finite number{bounds}")
+    if not low <= number <= high:
+        bounds = "" if (low, high) == (-_LARGEST_FLOAT, _LARGEST_FLOAT) else f" in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: got {_shortened(value)}, expected a finite number{bounds}")
+    return number
+
+
+def _shortened(value: object) -> str:
+    """A number as text; integers may have any number of digits."""
+    text = f"{value:#x}" if isinstance(value, int) and abs(value) > _LARGEST_FLOAT else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -58,20 +80,22 @@ def check_hyperparameters(
     check_positive_int("r2", r2)
     check_number("alpha", alpha)
     check_number("dropout", dropout, 0.0)
-    check_number("init_std", init_std)
+    check_number("init_std", init_std, high=LARGEST_SCALE)
     for name, value in (("alpha", alpha), ("init_std", init_std)):
         if value <= 0:
             raise ValueError(f"{name}: got {value!r}, expected a positive number: at zero nothing could train")
+    if alpha / math.sqrt(r1 * r2) > LARGEST_SCALE:
+        raise ValueError(f"alpha: got {alpha!r}, expected alpha / √(r1·r2) of at most {LARGEST_SCALE:g}, in fp32")
     if dropout >= 1:
         raise ValueError(f"dropout: got {dropout!r}, expected a probability below 1")
     check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
 
 
-def check_estimator(ste: str, clip_bound: float) -> None:
-    """Check the straight-through estimator's name and the bound that ``"clip"`` clips to."""
+def check_estimator(ste: str, clip_bound: float) -> float:
+    """Check the straight-through estimator's name and return the bound that ``"clip"`` clips to, as Python's number."""
     check_choice("ste", ste, STRAIGHT_THROUGH_ESTIMATORS)
-    check_number("clip_bound", clip_bound, 0.0)
+    return check_number("clip_bound", clip_bound, 0.0)
 
 
 def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor) -> tuple[int, int]:
@@ -133,8 +157,9 @@ def as_scale_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Te
     change in place is seen by compiled graphs and captured CUDA graphs.
     """
     if not isinstance(scale, torch.Tensor):
-        check_number("scale", scale)
-        return torch.full((), scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        limit = _LARGEST_FLOAT if dtype == torch.float64 else LARGEST_SCALE
+        return torch.full((), check_number("scale", scale, -limit, limit), dtype=dtype, device=like.device)
     if scale.dim() != 0:
         raise ValueError(f"scale: got a tensor of shape {tuple(scale.shape)}, expected a 0-dim tensor or a number")
     if scale.dtype not in (torch.float32, torch.float64):

@@ -8,13 +8,21 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from dual_lora_kernels import available_backends, set_strategy, set_workspace_bytes, strategy, workspace_bytes
+from dual_lora_kernels import (
+    available_backends,
+    save_dual_lora,
+    set_strategy,
+    set_workspace_bytes,
+    strategy,
+    workspace_bytes,
+)
 from dual_lora_kernels.backends import _BACKENDS
 
 from .accuracy import NAIVE_ERRORS, error_ratios, summary  # noqa: F401  # a fixture of every test
@@ -119,6 +127,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     set_strategy(request.param.strategy)
     yield request.param.name
     set_strategy(before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved adapter of `models.llama`."""
+    from .adapters import adapted  # transformers takes seconds to import
+
+    return save_dual_lora(adapted(), tmp_path / "adapter")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dual_lora_kernels import (
@@ -27,9 +27,8 @@ from dual_lora_kernels import (
 from dual_lora_kernels.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from dual_lora_kernels.linear import FACTOR_NAMES
 
+from .adapters import LAYER, adapted
 from .models import configuration, gpt2, llama, logits
-
-LAYER = "model.layers.0.self_attn.q_proj"
 
 
 class Tied(nn.Module):
@@ -42,32 +41,6 @@ class Tied(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.relu(self.first(x)))
-
-
-def adapted(make: Callable[[], nn.Module] = llama, *, seed: int = 1, **options: Any) -> nn.Module:
-    """A model whose base is always the same and whose adapter the seed decides, in eval mode."""
-    model = make()
-    torch.manual_seed(seed)
-    return apply_dual_lora(model, configuration(**options)).eval()
-
-
-def snapshot(model: nn.Module) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """What loading may change: the modules, their dtypes, what trains, and every value."""
-    structure = [(name, id(module)) for name, module in model.named_modules()]
-    structure += [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
-    return structure, copy.deepcopy(model.state_dict())
-
-
-def assert_unchanged(model: nn.Module, before: tuple[list[Any], dict[str, torch.Tensor]]) -> None:
-    structure, state = snapshot(model)
-    assert structure == before[0]
-    assert all(torch.equal(value, before[1][name]) for name, value in state.items())
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A saved adapter of `llama`."""
-    return save_dual_lora(adapted(), tmp_path / "adapter")
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------
@@ -173,172 +146,6 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(logits(other), logits(model))
 
 
-# --- what does not fit ----------------------------------------------------------------------------------------------
-
-
-def other_ranks(folder: Path) -> nn.Module:
-    return adapted(seed=2, r1=4)
-
-
-def other_layers(folder: Path) -> nn.Module:
-    return adapted(seed=2, target_modules=["q_proj", "v_proj"])
-
-
-def merged(folder: Path) -> nn.Module:
-    model = adapted(seed=2)
-    model.get_submodule(LAYER).merge()
-    return model
-
-
-def other_architecture(folder: Path) -> nn.Module:
-    return gpt2()
-
-
-def other_shapes(folder: Path) -> nn.Module:
-    model = llama()
-    model.model.layers[1].mlp.up_proj = nn.Linear(32, 50, bias=False)
-    return model
-
-
-def hooked(folder: Path) -> nn.Module:
-    model = llama()
-    model.get_submodule(LAYER).register_forward_hook(lambda *_: None)
-    return model
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    settings = json.loads((folder / SETTINGS_FILE).read_text())
-    change(settings)
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
-
-
-def settings_damaged(*path: str, value: Any) -> Callable[[Path], nn.Module]:
-    """A damage that sets one entry of the settings."""
-
-    def damage(folder: Path) -> nn.Module:
-        def change(settings: dict[str, Any]) -> None:
-            for key in path[:-1]:
-                settings = settings[key]
-            settings[path[-1]] = value
-
-        edit(folder, change)
-        return llama()
-
-    damage.__name__ = f"settings_{path[-1]}_{value}"
-    return damage
-
-
-def settings_garbage(folder: Path) -> nn.Module:
-    (folder / SETTINGS_FILE).write_bytes(b'{"format": 1, "layers": {\xff')
-    return llama()
-
-
-def settings_lack_a_layer(folder: Path) -> nn.Module:
-    edit(folder, lambda settings: settings["layers"].pop(LAYER))
-    return llama()
-
-
-def settings_lack_the_format(folder: Path) -> nn.Module:
-    edit(folder, lambda settings: settings.pop("format"))
-    return llama()
-
-
-def weights_truncated(folder: Path) -> nn.Module:
-    data = (folder / WEIGHTS_FILE).read_bytes()
-    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
-    return llama()
-
-
-def weights_empty(folder: Path) -> nn.Module:
-    (folder / WEIGHTS_FILE).write_bytes(b"")
-    return llama()
-
-
-def weights_lack_a_tensor(folder: Path) -> nn.Module:
-    state = load_file(folder / WEIGHTS_FILE)
-    del state[f"{LAYER}.D"]
-    save_file(state, folder / WEIGHTS_FILE)
-    return llama()
-
-
-def weights_missing(folder: Path) -> nn.Module:
-    (folder / WEIGHTS_FILE).unlink()
-    return llama()
-
-
-def settings_missing(folder: Path) -> nn.Module:
-    (folder / SETTINGS_FILE).unlink()
-    return adapted(seed=2)
-
-
-MISFITS: list[tuple[Callable[[Path], nn.Module], type[Exception], str]] = [
-    (other_ranks, ValueError, r"^state\['.*\.A'\]: got shape \(3, 32\), expected \(4, 32\): .*other ranks"),
-    (other_layers, ValueError, r"^state: missing \[\], unexpected \['model"),
-    (merged, ValueError, r"^model: model\.layers\.0\.self_attn\.q_proj is merged.*unmerge\(\)"),
-    (other_architecture, ValueError, r"^folder: .*layer 'model\.layers\..*: the model has no such layer"),
-    (other_shapes, ValueError, r"^folder: .*up_proj\.B is saved with shape \(48, 3\), expected \(50, 3\)"),
-    (hooked, ValueError, r"^folder: .*q_proj'.*: this Linear has hooks"),
-    (settings_garbage, ValueError, rf"^folder: {SETTINGS_FILE} in .* cannot be read"),
-    (settings_lack_the_format, ValueError, rf"^folder: {SETTINGS_FILE} in .* cannot be read.*format"),
-    (settings_damaged("format", value=999), ValueError, r"^folder: .*format 999 is newer"),
-    (settings_damaged("layers", value=[]), ValueError, rf"^folder: {SETTINGS_FILE} in .* cannot be read"),
-    (settings_damaged("layers", LAYER, "r1", value=0), ValueError, r"^folder: .* cannot be read: r1: got 0"),
-    (settings_damaged("layers", LAYER, "r1", value=5), ValueError, r"^folder: .*q_proj\.A .*\(3, 32\), expected \(5"),
-    (settings_damaged("layers", LAYER, "adapter_dtype", value="int8"), ValueError, r"^folder: .*int8"),
-    (settings_damaged("layers", LAYER, "surprise", value=1), ValueError, r"^folder: .*surprise"),
-    (settings_lack_a_layer, ValueError, r"^folder: .* name different tensors: \['model\.layers\.0\.self_attn\.q"),
-    (weights_truncated, ValueError, rf"^folder: {WEIGHTS_FILE} in .* cannot be read"),
-    (weights_empty, ValueError, rf"^folder: {WEIGHTS_FILE} in .* cannot be read"),
-    (weights_lack_a_tensor, ValueError, r"^folder: .* name different tensors: \['.*q_proj\.D'\]"),
-    (weights_missing, FileNotFoundError, rf"^folder: got .* which has no {WEIGHTS_FILE}"),
-    (settings_missing, FileNotFoundError, rf"^folder: got .* which has no {SETTINGS_FILE}"),
-]
-
-
-@pytest.mark.parametrize(("damage", "error", "message"), MISFITS, ids=[case[0].__name__ for case in MISFITS])
-def test_misfits_change_nothing(
-    damage: Callable[[Path], nn.Module], error: type[Exception], message: str, saved: Path
-) -> None:
-    model = damage(saved)
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        load_dual_lora(model, saved)
-    assert_unchanged(model, before)
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^folder: got .*nowhere"):
-        load_dual_lora(llama(), tmp_path / "nowhere")
-
-
-def test_saving_a_plain_model_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^model: got LlamaForCausalLM without Dual LoRA layers"):
-        save_dual_lora(llama(), tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        (f"{LAYER}.A", None, r"^state: missing \['model\.layers\.0\.self_attn\.q_proj\.A'\]"),
-        ("elsewhere.A", torch.zeros(3, 32), r"^state: missing \[\], unexpected \['elsewhere\.A'\]"),
-        (f"{LAYER}.C", torch.zeros(2, 31), r"^state\['.*\.C'\]: got shape \(2, 31\), expected \(2, 32\)"),
-        (f"{LAYER}.scale", torch.zeros(1), r"^state\['.*\.scale'\]: got shape \(1,\), expected \(\)"),
-    ],
-    ids=["missing", "unexpected", "shape", "scale's shape"],
-)
-def test_misfitting_states_change_nothing(name: str, value: torch.Tensor | None, message: str) -> None:
-    model, state = adapted(), dual_lora_state_dict(adapted(seed=2))
-    if value is None:
-        del state[name]
-    else:
-        state[name] = value
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        load_dual_lora_state_dict(model, state)
-    assert_unchanged(model, before)
-
-
 def test_config_and_weights_are_the_documented_files(saved: Path) -> None:
     """Other tools read these: names, format number, one entry a layer with what `DualLoraConfig` takes."""
     settings = json.loads((saved / "dual_lora_config.json").read_text())
@@ -347,17 +154,6 @@ def test_config_and_weights_are_the_documented_files(saved: Path) -> None:
     layer = settings["layers"][LAYER]
     assert layer.pop("adapter_dtype") == "float32"
     assert DualLoraConfig(**layer) == DualLoraConfig(r1=3, r2=2, alpha=1.0, init_std=0.3)
-
-
-def test_values_that_are_not_finite_are_refused(saved: Path) -> None:
-    state = load_file(saved / WEIGHTS_FILE)
-    state[f"{LAYER}.B"][3, 1] = torch.nan
-    save_file(state, saved / WEIGHTS_FILE)
-    model = adapted(seed=2)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"q_proj\.B'\]: got nan"):
-        load_dual_lora(model, saved)
-    assert_unchanged(model, before)
 
 
 def test_saving_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -384,8 +180,55 @@ def test_a_wrapped_models_adapter_loads_into_the_plain_model(tmp_path: Path) -> 
     assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(model))
 
 
+def test_an_averaged_models_adapter_loads_into_the_plain_model(tmp_path: Path) -> None:
+    model = adapted()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert dual_lora_state_dict(averaged).keys() == dual_lora_state_dict(model).keys()
+    save_dual_lora(averaged, tmp_path)
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("make", [llama, adapted], ids=["plain", "adapted"])
+def test_loading_into_a_model_without_storage_keeps_the_values(
+    make: Callable[[], nn.Module], saved: Path, tmp_path: Path
+) -> None:
+    """As accelerate's init_empty_weights leaves it; the base comes afterwards."""
+    model = make().to("meta")
+    load_dual_lora(model, saved)
+    expected = adapted()
+    for name, tensor in dual_lora_state_dict(expected).items():
+        loaded = dual_lora_state_dict(model)[name]
+        assert loaded.device.type == "cpu"
+        assert torch.equal(loaded, tensor)
+    assert model.get_submodule(LAYER).weight.is_meta
+    assert all(getattr(model.get_submodule(LAYER), name).requires_grad for name in FACTOR_NAMES)
+    base = {name: value for name, value in llama().state_dict().items() if ".weight" in name}
+    model.load_state_dict(base, assign=True, strict=False)
+    for name, buffer in llama().named_buffers():
+        parent, _, last = name.rpartition(".")
+        model.get_submodule(parent).register_buffer(last, buffer, persistent=False)
+    assert torch.equal(logits(model.eval()), logits(expected))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_diverged_adapter_does_not_replace_a_good_one(value: float, saved: Path) -> None:
+    model = adapted(seed=2)
+    with torch.no_grad():
+        model.get_submodule(LAYER).C[1, 2] = value
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.C: got {value}, expected finite values"):
+        save_dual_lora(model, saved)
+    assert torch.equal(logits(load_dual_lora(llama(), saved)), logits(adapted()))
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model: .*\.A is on the meta device"):
+        save_dual_lora(adapted().to("meta"), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_numbers_from_numpy_are_saved(tmp_path: Path) -> None:
-    model = adapted(r1=np.int64(2), alpha=np.float64(3.0))
+    model = adapted(r1=np.int64(2), alpha=np.float32(3.0), dropout=np.float32(0.0), clip_bound=np.float32(0.5))
     assert torch.equal(logits(load_dual_lora(llama(), save_dual_lora(model, tmp_path))), logits(model))
 
 
