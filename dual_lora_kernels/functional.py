@@ -1,4 +1,4 @@
-"""The functional interface: `dual_lora_linear` and its autograd function, the materialised update, merging."""
+"""The functional interface: `dual_lora_linear` and its autograd function, the materialised update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from .validation import (
     check_dtype,
     check_estimator,
     check_factors,
-    check_finite,
     check_scale_value,
     check_tensor,
     check_weight,
@@ -198,32 +197,3 @@ def dual_lora_delta(
     chosen = resolve_backend(default_backend(), A.device, update.dtype, A.dtype)
     panels.write_weight(update, None, Factors(A, B, C, D, scale), "nearest", chosen)
     return update
-
-
-@torch.no_grad()
-def dual_lora_merge_(
-    weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: float | torch.Tensor,
-    *,
-    rounding: str = "dither",
-    backend: str | None = None,
-) -> torch.Tensor:
-    """Write round(W0 + ΔW) over `weight` [out_features, in_features], block by block, and return it.
-
-    With the forward pass's `rounding`, these are bit for bit the weights that a forward pass in the weight's dtype
-    used. Raises as `dual_lora_linear` does, and ValueError where a factor or the scale is not finite, before
-    anything is changed.
-    """
-    check_choice("rounding", rounding, ROUNDINGS)
-    backend = default_backend() if backend is None else backend
-    check_backend_name(backend)
-    check_weight(weight, A, *check_factors(A, B, C, D))
-    scale = as_scale_tensor(scale, A)
-    for name, tensor in (("A", A), ("B", B), ("C", C), ("D", D), ("scale", scale)):
-        check_finite(name, tensor)
-    _ops.merge_(weight, A, B, C, D, scale, rounding, backend)
-    return weight

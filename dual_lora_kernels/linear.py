@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from .functional import compute_dtype, dual_lora_delta, dual_lora_linear, dual_lora_merge_
+from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
+from .merging import check_mergeable, dual_lora_merge_
 from .validation import (
     LARGEST_SCALE,
     SUPPORTED_DTYPES,
@@ -43,18 +46,28 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     """None if `module` is a linear layer that `DualLoraLinear.from_linear` can stand in for, else the reason.
 
     Adaptable: ``nn.Linear`` and subclasses that keep its forward, and transformers' Conv1D, with a floating-point
-    weight of the layer's own.
+    weight of the layer's own and nothing beside weight and bias: what is not understood would be dropped silently.
     """
     kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
+        return f"this {kind}'s {names} is computed by a parametrization, which replacing the layer would drop"
     if isinstance(module, DualLoraLinear):
         return "it has a Dual LoRA adapter already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"
     if not is_transposed(module) and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
         return f"{kind} is not a linear layer with nn.Linear's forward"
+    if "forward" in vars(module):
+        return f"this {kind}'s forward was replaced on the instance (accelerate's hooks and unsloth do that)"
     weight = module._parameters.get("weight")
     if weight is None:
-        return f"{kind}'s weight is computed (a parametrization?), not a parameter"
+        return f"{kind}'s weight is computed, not a parameter (weight_norm?)"
+    if is_lazy(weight):
+        return f"{kind}'s weight has no shape yet; run it once first"
+    others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
+    if others or type(module).get_extra_state is not nn.Module.get_extra_state:
+        return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"
     if weight.dim() != 2 or weight.dtype not in SUPPORTED_DTYPES:
         return f"{kind}'s weight is packed or quantised ({weight.dtype}, shape {tuple(weight.shape)})"
     if type(weight.data) is not torch.Tensor:
@@ -243,8 +256,10 @@ class DualLoraLinear(nn.Module):
 
         In the weight's dtype these are bit for bit the weights that the forward pass used. Whatever shares the weight
         (the layer given to `from_linear`, say) changes with it; two adapted layers that share one must not both be
-        merged. Raises RuntimeError if merged already, ValueError if a factor or the scale is not finite, before
-        anything is changed.
+        merged. No other thread may run the layer meanwhile: it would compute with a weight that is merged in part.
+
+        Raises RuntimeError if merged already, ValueError if a factor or the scale is not finite or the merged weight
+        would not be, before anything is changed.
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged already: call unmerge() first")
@@ -254,7 +269,7 @@ class DualLoraLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore W0 bit for bit. Raises RuntimeError unless merged."""
+        """Restore W0 bit for bit. Raises RuntimeError unless merged. No other thread may run the layer meanwhile."""
         if self._unmerged_weight is None:
             raise RuntimeError("DualLoraLinear is not merged: there is nothing to unmerge")
         self.weight.copy_(self._unmerged_weight)
@@ -262,6 +277,13 @@ class DualLoraLinear(nn.Module):
 
     def _merge_into(self, weight: torch.Tensor) -> None:
         dual_lora_merge_(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
+
+    @torch.no_grad()
+    def check_mergeable(self) -> None:
+        """Raise ValueError where `merge` would because of values; nothing to check once merged."""
+        if not self.merged:
+            factors = self.A, self.B, self.C, self.D
+            check_mergeable(self._oriented_weight(), *factors, self.scale, rounding=self.rounding)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ._logging import logger
 from .config import DualLoraConfig
-from .linear import FACTOR_NAMES, DualLoraLinear, dual_lora_layers, is_transposed, unwrapped
+from .linear import DualLoraLinear, dual_lora_layers, is_transposed, unwrapped
 from .targets import find_targets, shared_weights
-from .validation import check_finite
 
 
 def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
@@ -22,7 +22,8 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
 
     Raises:
         ValueError: nothing matches, a name matches nothing, a named layer cannot be adapted, the model has Dual LoRA
-            layers already, or is a linear layer itself. Nothing has been changed then.
+            or PEFT's layers already or parameters without a shape, or is a linear layer itself. Nothing has been
+            changed then.
     """
     if next(dual_lora_layers(model), None) is not None:
         raise ValueError(
@@ -30,6 +31,9 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
         )
     if isinstance(model, nn.Linear) or is_transposed(model):
         raise ValueError("model: got a linear layer itself, expected a model; use DualLoraLinear.from_linear")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"model: {name} has no shape yet, expected an initialised model: run it once first")
     chosen, refused = find_targets(unwrapped(model), config.target_modules, config.exclude_modules)
     adapt(model, {name: (module, config) for name, module in chosen.items()})
     _report(model, list(chosen), refused)
@@ -66,7 +70,8 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     module is copied first. Gradients stay off for the merged weights as they were.
 
     Raises:
-        ValueError: the model has no Dual LoRA layers, or an adapter or scale is not finite. Nothing has been changed.
+        ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
+            Nothing has been changed.
     """
     if isinstance(model, DualLoraLinear):
         raise ValueError("model: got a DualLoraLinear itself, expected a model; use its to_linear()")
@@ -74,8 +79,10 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to merge")
     for name, layer in layers:
-        for tensor_name in (*FACTOR_NAMES, "scale"):
-            check_finite(f"{name}.{tensor_name}", getattr(layer, tensor_name))
+        try:
+            layer.check_mergeable()
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
     tied = shared_weights(model)
     plain = {}
     for _, layer in layers:

@@ -184,6 +184,20 @@ def write_weight(
         backend.effective_weight(out[start:stop], base, part, start, 0, rounding, _workspace_bytes)
 
 
+def first_overflow(weight: torch.Tensor, factors: Factors, rounding: str, backend: Backend) -> tuple[int, int] | None:
+    """(row, column) of the first element of W0 that is finite where round(W0 + ΔW) is not; None if there is none."""
+    budget = _workspace_bytes - backend.temporaries(_workspace_bytes)
+    for start, stop in split(weight.shape[0], weight.shape[1] * weight.itemsize, budget // 2, backend.panel_unit):
+        base = weight[start:stop]
+        panel = torch.empty(base.shape, dtype=weight.dtype, device=weight.device)
+        backend.effective_weight(panel, base, factors.rows(start, stop), start, 0, rounding, _workspace_bytes)
+        overflows = (panel.isfinite().logical_not_() & base.isfinite()).nonzero()
+        if len(overflows):
+            row, column = overflows[0].tolist()
+            return start + row, column
+    return None
+
+
 def _product_reaches(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the vendor's product of two `x.dtype` operands can write `dtype` without a rounding in between."""
     return x.dtype == dtype or (x.device.type == "cuda" and dtype == torch.float32)

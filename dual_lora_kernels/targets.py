@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from .config import ALL_LINEAR
@@ -21,8 +23,10 @@ def find_targets(
     """The layers to adapt by name, and those that ``"all-linear"`` left alone with the reason.
 
     A module that stands at several places in the model comes under each of its names. Raises ValueError where nothing
-    matches, where a listed name matches nothing, and where a layer asked for by name cannot be adapted.
+    matches, where a listed name matches nothing, where a layer asked for by name cannot be adapted, and where PEFT has
+    adapted the model.
     """
+    _refuse_peft(model)
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -61,15 +65,55 @@ def find_targets(
     return chosen, {}
 
 
+def _refuse_peft(model: nn.Module) -> None:
+    """PEFT's adapters are linear layers inside of those that they adapt; all would be taken for the model's own."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return  # a model that PEFT has adapted has imported it
+    for name, module in model.named_modules():
+        if isinstance(module, tuners.BaseTunerLayer):
+            raise ValueError(
+                f"model: got {type(model).__name__}, whose {name!r} PEFT has adapted ({type(module).__name__}), "
+                "expected one without other adapters: call merge_and_unload() or unload() first"
+            )
+
+
 def _names_it(target: str, name: str) -> bool:
     """Whether a listed target is a layer's full name or its end after a dot."""
     return name == target or name.endswith(f".{target}")
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of parameters that more than one module of `model` owns (tied weights)."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {identity for identity, count in owners.items() if count > 1}
+    """Identities of parameters that more than one module of `model` owns, or whose memory another tensor of it shares.
+
+    Tied weights are one parameter at first; ``load_state_dict(assign=True)`` makes two views of one storage of them.
+    Views that interleave without an element in common count as shared too.
+    """
+    tensors = [
+        tensor
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+    shared = {identity for identity, count in Counter(map(id, tensors)).items() if count > 1}
+    ranges = sorted((*span, id(tensor)) for tensor in {id(t): t for t in tensors}.values() if (span := _memory(tensor)))
+    for index, (device, _, end, identity) in enumerate(ranges):
+        for other_device, other_start, _, other in ranges[index + 1 :]:
+            if other_device != device or other_start >= end:
+                break
+            shared |= {identity, other}
+    return shared
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int, int] | None:
+    """(device, first byte, end) of a tensor's elements; None without memory that can be looked up."""
+    if tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
+        return None
+    if not tensor.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (last + 1) * tensor.itemsize
 
 
 def _bypassed_by_a_fused_path(model: nn.Module) -> set[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedParameter
 
 STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
 ROUNDINGS = ("dither", "nearest")
@@ -23,7 +23,7 @@ def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a tensor")
-    if isinstance(value, UninitializedParameter | UninitializedBuffer):
+    if isinstance(value, UninitializedParameter):
         raise TypeError(f"{name}: got an uninitialised {type(value).__name__}; run the lazy module once first")
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
@@ -84,7 +84,7 @@ def check_hyperparameters(
     for name, value in (("alpha", alpha), ("init_std", init_std)):
         if value <= 0:
             raise ValueError(f"{name}: got {value!r}, expected a positive number: at zero nothing could train")
-    if alpha / math.sqrt(r1 * r2) > LARGEST_SCALE:
+    if float(alpha) / math.sqrt(r1 * r2) > LARGEST_SCALE:
         raise ValueError(f"alpha: got {alpha!r}, expected alpha / √(r1·r2) of at most {LARGEST_SCALE:g}, in fp32")
     if dropout >= 1:
         raise ValueError(f"dropout: got {dropout!r}, expected a probability below 1")

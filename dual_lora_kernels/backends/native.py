@@ -138,6 +138,8 @@ def _load_failure() -> str | None:
     library = _PACKAGE / "_native.abi3.so"
     if not library.exists():
         return f"its C++ library is not in this installation ({_build_outcome()}); see README, Install"
+    if not _is_whole(library):
+        return "its C++ library is damaged (cut short); install the package again"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -149,7 +151,23 @@ def _build_outcome() -> str:
     record = _PACKAGE / "_native_build.json"
     if not record.exists():
         return "the package was not installed by pip"
-    return str(json.loads(record.read_text(encoding="utf-8")).get("missing", "the library was removed"))
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8")).get("missing", "the library was removed"))
+    except (OSError, ValueError, AttributeError):
+        return "the record of its build is damaged, too"
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a 64-bit ELF file reaches to the end of its section headers, which linkers put last; true for others.
+
+    Loading a file that was cut short ends the process with a bus error, not with an exception.
+    """
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+        return header[:4] != b"\x7fELF"
+    offset, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    return library.stat().st_size >= offset + size * count
 
 
 def _ops() -> Any:
