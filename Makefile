@@ -61,7 +61,7 @@ test-triton: $(VENV)/.installed
 sanitize: $(VENV)/.installed
 	rm -rf build/sanitize
 	mkdir -p build/sanitize
-	cp -r csrc dual_lora_kernels tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	cp -r csrc dual_lora_kernels dual_lora_command.py benchmarks tests setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/dual_lora_kernels/_native*
 	cd build/sanitize && $(SANITIZED) $(abspath $(PYTHON)) setup.py -q build_ext --inplace
 	cd build/sanitize && $(SANITIZED) $(REPORTS) LD_PRELOAD="$(RUNTIMES)" $(abspath $(PYTHON)) -m pytest tests/test_native*.py

@@ -10,9 +10,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from . import doctor
+from . import doctor, self_check
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -23,16 +23,38 @@ def _add_doctor(subparsers: _Subparsers) -> None:
         "doctor",
         help="which backend runs on each device, and why",
         description="Which backend runs on each device of this machine, and why the others do not. "
-        "The exit status is 0 where layers run on every device, else 1.",
+        "The exit status is 0 where layers run on every device and every check passes, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="the same facts as a JSON object, for bug reports")
+    parser.add_argument(
+        "--check", action="store_true", help="try on every backend and device what the package promises (a minute)"
+    )
 
     def run(arguments: argparse.Namespace) -> int:
         facts = doctor.examine()
-        print(json.dumps(dataclasses.asdict(facts), indent=2) if arguments.json else doctor.render(facts))
-        return 0 if facts.healthy else 1
+        document = dataclasses.asdict(facts)
+        if not arguments.json:
+            print(doctor.render(facts), flush=True)
+        healthy = facts.healthy
+        if arguments.check:
+            outcomes = _check(facts, sys.stderr if arguments.json else sys.stdout)
+            document["checks"] = [dataclasses.asdict(outcome) for outcome in outcomes]
+            healthy = healthy and all(outcome.passed is not False for outcome in outcomes)
+        if arguments.json:
+            print(json.dumps(document, indent=2))
+        return 0 if healthy else 1
 
     parser.set_defaults(run=run)
+
+
+def _check(facts: doctor.Facts, stream: TextIO) -> list[self_check.Outcome]:
+    """Make the checks, a line each on `stream` as they come."""
+    print(file=stream)
+    devices = [device.device for device in facts.devices]
+    outcomes = self_check.run(devices, lambda outcome: print(outcome, file=stream, flush=True))
+    verdicts = [outcome.passed for outcome in outcomes]
+    print(f"\n{verdicts.count(True)} passed, {verdicts.count(False)} failed", file=stream, flush=True)
+    return outcomes
 
 
 _SUBCOMMANDS: tuple[Callable[[_Subparsers], None], ...] = (_add_doctor,)

@@ -24,8 +24,9 @@ from dual_lora_kernels import (
     workspace_bytes,
 )
 from dual_lora_kernels.backends import _BACKENDS
+from dual_lora_kernels.self_check.checks import NAIVE_ERRORS
 
-from .accuracy import NAIVE_ERRORS, error_ratios, summary  # noqa: F401  # a fixture of every test
+from .accuracy import error_ratios, summary  # noqa: F401  # a fixture of every test
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""

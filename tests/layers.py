@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from dual_lora_kernels import DualLoraLinear, reference
-
-from .problems import exact
+from dual_lora_kernels.self_check.problems import exact
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]

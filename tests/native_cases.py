@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
 from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.self_check.problems import exact
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
-
-from .problems import exact
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["dense", "transposed", "slice", "columns"]

@@ -15,8 +15,7 @@ from dual_lora_kernels.backends import candidates, resolve_backend
 from dual_lora_kernels.backends import triton as triton_backend
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.backends.native import NativeBackend
-
-from .problems import gaussian
+from dual_lora_kernels.self_check.problems import gaussian
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import dual_lora_command
 import dual_lora_kernels
 from dual_lora_kernels import available_backends, backends, cli, set_default_backend, set_strategy, set_workspace_bytes
 from dual_lora_kernels.backends import candidates, resolve_backend
@@ -214,4 +215,16 @@ def test_wrong_arguments_are_refused_with_the_usage(arguments: list[str], capsys
 
 def test_the_installed_command_is_this_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"] == {"dual-lora": "dual_lora_kernels.cli:main"}
+    assert project["scripts"] == {"dual-lora": "dual_lora_command:main"}
+    assert dual_lora_command.main.__doc__
+
+
+def test_a_missing_pytorch_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    program = "import sys, dual_lora_command; sys.exit(dual_lora_command.main())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("dual-lora: the package cannot be imported (ModuleNotFoundError: No module named 'torch')")
+    assert "PyTorch ≥ 2.11" in line

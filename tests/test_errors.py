@@ -27,8 +27,7 @@ from dual_lora_kernels import (
     workspace_bytes,
 )
 from dual_lora_kernels.backends import default_backend
-
-from .problems import gaussian
+from dual_lora_kernels.self_check.problems import gaussian
 
 M, N, K, R1, R2 = 3, 5, 4, 2, 3
 FP8 = torch.float8_e4m3fn

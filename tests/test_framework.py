@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from dual_lora_kernels import DualLoraLinear, DualLoraWarmup, dual_lora_linear
-
-from .problems import Problem, autograd_gradients, gaussian, relative_error
+from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, gaussian, relative_error
 
 OPS = torch.ops.dual_lora_kernels
 

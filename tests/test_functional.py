@@ -17,9 +17,8 @@ from dual_lora_kernels import (
     set_strategy,
     strategy,
 )
+from dual_lora_kernels.self_check.problems import FUSED_RANK, Problem, autograd_gradients, gaussian, relative_error
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
-
-from .problems import FUSED_RANK, Problem, autograd_gradients, gaussian, relative_error
 
 LOW = [torch.bfloat16, torch.float16]
 sizes = st.integers(1, 30)

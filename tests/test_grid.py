@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.backends.grid import TILE, RankProducts, parts, tile_count
-
-from .problems import Problem, gaussian, relative_error
+from dual_lora_kernels.self_check.problems import Problem, gaussian, relative_error
 
 origins = st.tuples(st.integers(0, 3 * TILE), st.integers(0, 3 * TILE))
 extents = st.tuples(st.integers(0, 3 * TILE), st.integers(0, 3 * TILE))

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dual_lora_kernels import DualLoraConfig, DualLoraLinear, dual_lora_linear
-
-from .problems import Problem, gaussian
+from dual_lora_kernels.self_check.problems import Problem, gaussian
 
 NUMBERS = [np.float32(0.5), np.float64(0.5), np.float16(0.5), np.int64(1), Fraction(1, 2), 1]
 

@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.memory import AllocationTrace, peak_temporary_bytes
 from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, set_workspace_bytes, strategy, workspace_bytes
+from dual_lora_kernels.self_check.problems import Problem, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .conftest import IS_INTERPRETED
-from .problems import Problem, gaussian
 
 WORKSPACE = 1 << (16 if IS_INTERPRETED else 22)
 """The second is what the eager backend's tiles need at least, in fp64, and its panels of one row of tiles."""

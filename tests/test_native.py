@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from dual_lora_kernels import reference
 from dual_lora_kernels.backends import FactorGradients, Factors
 from dual_lora_kernels.backends.native import NativeBackend
+from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .native_cases import DTYPES, LAYOUTS, SIZES, Case, bits, cases, check, examples, gradient_cases, numbers, place
-from .problems import Problem, exact, gaussian
 
 NATIVE = NativeBackend()
 ROOM = 1 << 24

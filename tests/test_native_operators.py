@@ -14,8 +14,7 @@ import torch
 
 import dual_lora_kernels
 from benchmarks.machines import native_kernels
-
-from .problems import Problem, exact
+from dual_lora_kernels.self_check.problems import Problem, exact
 
 OPS = torch.ops.dual_lora_kernels
 ROOT = Path(__file__).parents[1]

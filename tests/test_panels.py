@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 
 from dual_lora_kernels import dual_lora_merge_, panels, reference, set_strategy, set_workspace_bytes, strategy
 from dual_lora_kernels.backends import Backend, Factors, resolve_backend
+from dual_lora_kernels.self_check.problems import (
+    FUSED_RANK,
+    Problem,
+    autograd_gradients,
+    exact,
+    gaussian,
+    naive_gradients,
+)
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .accuracy import ErrorRatios
 from .conftest import IS_INTERPRETED
-from .problems import FUSED_RANK, Problem, autograd_gradients, exact, gaussian
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GENEROUS = 1 << 24
@@ -140,19 +147,10 @@ def test_error_against_fp64_is_near_the_naive_implementations(
     for seed in range(8):
         problem = gaussian(*shape, dtype=dtype, factor_dtype=dtype, device=device, seed=seed)
         truth = autograd_gradients(problem.to(torch.float64))
-        computed = _passes(problem, backend), _naive(problem), truth
+        computed = _passes(problem, backend), naive_gradients(problem), truth
         for name, own, naive, true in zip(("output", *reference.Gradients._fields), *computed, strict=True):
             error_ratios.add(name, own, naive, true)
     error_ratios.check()
-
-
-def _naive(problem: Problem) -> list[torch.Tensor]:
-    """Dual LoRA as adopters write it: everything in the layer's dtype, N×K tensors throughout."""
-    leaf = problem.requiring_grad()
-    sign = reference.SignStraightThrough.apply(leaf.D @ leaf.C, "clip", 1.0)
-    delta = leaf.scale.to(leaf.x.dtype) * torch.relu(leaf.B @ leaf.A) * sign
-    output = torch.nn.functional.linear(leaf.x, leaf.weight + delta, leaf.bias)
-    return [output.detach(), *torch.autograd.grad(output, leaf.differentiable, leaf.grad)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_lora_kernels import dual_lora_delta, reference
+from dual_lora_kernels.self_check.problems import autograd_gradients, gaussian, relative_error
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
-
-from .problems import autograd_gradients, gaussian, relative_error
 
 sizes = st.integers(1, 40)
 ranks = st.integers(1, 9)

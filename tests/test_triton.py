@@ -13,8 +13,7 @@ from dual_lora_kernels.backends.triton import execute, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
 from dual_lora_kernels.backends.triton.choice import preferred
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
-
-from .problems import Problem, autograd_gradients, exact, gaussian, relative_error
+from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, exact, gaussian, relative_error
 
 pytestmark = pytest.mark.interpreter
 LOW = [torch.bfloat16, torch.float16]

@@ -1,4 +1,4 @@
-"""Inputs for the numerical tests."""
+"""Inputs for numerical checks, and what they are compared with: the specification and the naive implementation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dual_lora_kernels import reference
-from dual_lora_kernels.backends import Factors
+from .. import reference
+from ..backends import Factors
 
 FUSED_RANK = 16
 """A rank that fused kernels serve on every chip and for every dtype."""
@@ -37,9 +37,9 @@ class Problem:
         """In the order of `reference.Gradients`."""
         return self.x, self.weight, self.A, self.B, self.C, self.D, self.bias
 
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Everything in one dtype."""
-        return Problem(*(getattr(self, field.name).to(dtype) for field in fields(self)))
+    def to(self, target: torch.dtype | torch.device | str) -> Problem:
+        """Everything in one dtype, or on one device."""
+        return Problem(*(getattr(self, field.name).to(target) for field in fields(self)))
 
     def requiring_grad(self) -> Problem:
         """Copies that are leaves and require grad, but for the scale and G."""
@@ -111,8 +111,17 @@ def autograd_gradients(problem: Problem, **options: Any) -> tuple[torch.Tensor, 
     return out.detach(), *torch.autograd.grad(out, leaf.differentiable, leaf.grad)
 
 
+def naive_gradients(problem: Problem) -> list[torch.Tensor]:
+    """(output, *gradients) of Dual LoRA as adopters write it: all in the layer's dtype, N×K tensors throughout."""
+    leaf = problem.requiring_grad()
+    sign = reference.SignStraightThrough.apply(leaf.D @ leaf.C, "clip", 1.0)
+    delta = leaf.scale.to(leaf.x.dtype) * torch.relu(leaf.B @ leaf.A) * sign
+    output = torch.nn.functional.linear(leaf.x, leaf.weight + delta, leaf.bias)
+    return [output.detach(), *torch.autograd.grad(output, leaf.differentiable, leaf.grad)]
+
+
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """‖value − truth‖ / ‖truth‖, in fp64; absolute where the truth is zero."""
     truth = truth.double()
-    norm = truth.norm().item()
-    return (value.double() - truth).norm().item() / (norm or 1.0)
+    norm = float(truth.norm())
+    return float((value.double() - truth).norm()) / (norm or 1.0)
