@@ -70,7 +70,7 @@ def slots(kernel: str, tokens: dict[int | None, int], token_product_tokens: int)
 def current(slot: Slot, shapes: Shapes) -> Shape:
     """The shape that a family's table has for `slot`."""
     if slot.kernel in PRODUCTS:
-        return dataclasses.replace(shapes.weight_product(slot.kernel, slot.up_to or 2**30), up_to=slot.up_to)
+        return dataclasses.replace(shapes.weight_product(slot.kernel, slot.up_to or 2**30, 0, 0), up_to=slot.up_to)
     shape: Shape = getattr(shapes, slot.kernel)
     return shape
 

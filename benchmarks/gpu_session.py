@@ -42,6 +42,8 @@ from .shipped_launches import RANK
 STEM = "summary"
 _SUMMARY_SECONDS = 15.0
 """Kept for the plots and the last summary."""
+_MOST_WORKERS = 16
+"""Processes of the numerical suite. Compiling keeps them busy; each takes about half a GiB of the GPU's memory."""
 MEMORY_METHODS = ("dual_lora", "lora", "dora", "naive")
 
 
@@ -56,7 +58,10 @@ class Sizes:
     memory: tuple[int, int, int] = (14336, 4096, 4096)
     copied_bytes: int = 2**30
     product_size: int = 8192
-    tests: tuple[str, ...] = ("-m", "gpu")
+    tests: tuple[str, ...] = ("tests/test_triton.py", "tests/test_panels.py", "tests", "-m", "gpu")
+    """What a GPU alone can say comes first: the suite compiles hundreds of kernels, 0.7 s each."""
+    examples: int = 8
+    """Of each property, a fifth of what CPUs try."""
     interpreted: bool = False
 
 
@@ -128,7 +133,12 @@ def _numerics(session: Session, results: dict[str, Any], deadline: Deadline) -> 
     if session.device.type == "cuda":
         torch.cuda.empty_cache()  # the suite's process wants memory of its own
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    numerical_suite.run(results, session.sizes.tests, deadline.left() - numerical_suite.GRACE, plain)
+    plain["DUAL_LORA_EXAMPLES"] = str(session.sizes.examples)
+    workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+    seconds = deadline.left() - numerical_suite.GRACE
+    numerical_suite.run(results, session.sizes.tests, seconds, plain, workers)
+    if workers > 1 and "-n" not in results["command"].split():
+        session.console.print("pytest-xdist is not installed: the numerical suite ran in one process")
 
 
 def _rooflines(session: Session, results: dict[str, Any], deadline: Deadline) -> None:

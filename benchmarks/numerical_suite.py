@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,21 @@ def counts(output: str) -> dict[str, int]:
     return {}
 
 
-def run(results: dict[str, Any], arguments: Sequence[str], seconds: float, environment: Mapping[str, str]) -> None:
+def run(
+    results: dict[str, Any],
+    arguments: Sequence[str],
+    seconds: float,
+    environment: Mapping[str, str],
+    workers: int = 1,
+) -> None:
     """``pytest -q`` with `arguments`; ``complete`` says whether it came to its end within `seconds`.
 
+    In `workers` processes where pytest-xdist is installed, else in one; ``command`` in `results` shows which.
     At the limit, or when an exception ends the wait, it is interrupted, so that it still reports what it has run, and
     killed if that does not end it. `results` is filled in any case.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    parallel = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 and find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel, *arguments]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
             command,

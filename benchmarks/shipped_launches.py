@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,12 +19,18 @@ from .environment import DTYPE_NAMES
 KERNELS = ("effective_weight", "factor_gradients", "forward", "input_gradient", "token_product")
 FEATURES = 4096
 """Rows and columns of the weight: whole tiles, so that no kernel masks its loads, as in most layers."""
-TOKENS = 4096
-"""For shapes without a bound on their tokens."""
+MASKED_ROWS, MASKED_COLUMNS = 4099, 4112
+"""A weight that ends within every tile. Vocabularies make odd numbers of rows; columns stay on 16-byte boundaries."""
 RANK = 16
 """r1 and r2 where kernels are compiled and timed: the layer's default."""
 LARGEST_RANK = BLOCK_RANKS[-1]
 """The largest rank of a fused kernel and of a slice; compiled with fp32 factors, the larger ones."""
+MASKED_RANKS = {RANK: 12, LARGEST_RANK: 24}
+"""Ranks that no block has, in the place of those that one has."""
+MASKS = ("none", "batch", "all")
+"""What a case's loads are masked for: nothing, the tokens and the rank alone, or every dimension."""
+TOKENS = 4096
+"""For shapes without a bound on their tokens."""
 WIDE_FAMILIES = {"any_32bit": torch.float32, "any_64bit": torch.float64}
 """Families for fp32 and fp64 computation."""
 WIDE_TARGETS = ("sm_90", "gfx942", "gfx1100")
@@ -45,12 +51,18 @@ class Case:
     compute_dtype: torch.dtype
     factor_dtype: torch.dtype
     rank: int = RANK
+    masks: str = "none"
 
     @property
     def tokens(self) -> int:
-        """The input's rows: as many as the shape is meant for."""
+        """The input's rows: as many as the shape is meant for, or one less where they are masked."""
         up_to = self.shape.up_to if isinstance(self.shape, ProductShape) else None
-        return up_to or TOKENS
+        return (up_to or TOKENS) - (self.masks != "none")
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        return (MASKED_ROWS, MASKED_COLUMNS) if self.masks == "all" else (FEATURES, FEATURES)
 
     @property
     def tile(self) -> str:
@@ -66,26 +78,28 @@ class Case:
         """Short, for tables and messages: chip, kernel, compute/factor dtypes, tile, warps, stages."""
         dtypes = f"{dtype_name(self.compute_dtype)}/{dtype_name(self.factor_dtype)}"
         rank = "" if self.rank == RANK else f" r{self.rank}"
-        return f"{self.chip} {self.kernel} {dtypes}{rank} {self.tile} {self.shape.warps}w {self.shape.stages}s"
+        masks = "" if self.masks == "none" else f", {self.masks} masked"
+        return f"{self.chip} {self.kernel} {dtypes}{rank} {self.tile} {self.shape.warps}w {self.shape.stages}s{masks}"
 
     def launch(self) -> Launch:
-        """The kernel's launch for a weight of `FEATURES`² and factors of its rank."""
-        compute = self.compute_dtype
+        """The kernel's launch for a weight and tokens of its sizes and factors of its rank."""
+        compute, (rows, columns), rank = self.compute_dtype, self.weight, self.rank
         architecture = Architecture(self.chip, _PROCESSORS)
         factors = Factors(
-            _meta(self.rank, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, self.rank, dtype=self.factor_dtype),
-            _meta(self.rank, FEATURES, dtype=self.factor_dtype), _meta(FEATURES, self.rank, dtype=self.factor_dtype),
+            _meta(rank, columns, dtype=self.factor_dtype), _meta(rows, rank, dtype=self.factor_dtype),
+            _meta(rank, columns, dtype=self.factor_dtype), _meta(rows, rank, dtype=self.factor_dtype),
             _meta(dtype=torch.float32),
         )  # fmt: skip
         hashes = launches.Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
-        weight = _meta(FEATURES, FEATURES, dtype=compute)
+        weight = _meta(rows, columns, dtype=compute)
+        inputs, outputs = (_meta(self.tokens, features, dtype=compute) for features in (columns, rows))
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)
-            tokens = _meta(self.tokens, FEATURES, dtype=compute)
+            transposed = self.kernel == "input_gradient"
+            source, result = (outputs, inputs) if transposed else (inputs, outputs)
             return launches.weight_product(
-                tokens[None], tokens, weight, factors, None, "dither", self.kernel == "input_gradient", hashes,
-                self.shape, architecture,
-            )  # fmt: skip
+                result[None], source, weight, factors, None, "dither", transposed, hashes, self.shape, architecture
+            )
         if self.kernel == "effective_weight":
             assert isinstance(self.shape, PanelShape)
             return launches.effective_weight(
@@ -95,26 +109,45 @@ class Case:
         wide = accumulation_dtype(compute)
         if self.kernel == "factor_gradients":
             assert isinstance(self.shape, PanelShape)
-            up, down = _partials(self.rank, self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
-            h = _meta(FEATURES, FEATURES, dtype=wide)
+            up, down = self._partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
+            h = _meta(rows, columns, dtype=wide)
             return launches.factor_gradients(
                 h, factors, "clip", 1.0, gradients, compute, up, down, self.shape, architecture
             )
         assert isinstance(self.shape, ProductShape)
-        up, down = _partials(self.rank, self.shape.first, self.shape.second, wide)
-        tokens = _meta(self.tokens, FEATURES, dtype=compute)
+        up, down = self._partials(self.shape.first, self.shape.second, wide)
         return launches.token_product(
-            tokens, tokens, factors, "clip", 1.0, gradients, up, down, self.shape, architecture
+            outputs, inputs, factors, "clip", 1.0, gradients, up, down, self.shape, architecture
+        )
+
+    def _partials(self, tile_rows: int, tile_columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Partial sums: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""
+        (rows, columns), ranks = self.weight, 2 * self.rank
+        return (
+            _meta(launches.ceil_div(columns, tile_columns), rows, ranks, dtype=dtype),
+            _meta(launches.ceil_div(rows, tile_rows), ranks, columns, dtype=dtype),
         )
 
 
 def shipped_cases(
-    families: Sequence[str] = FAMILIES, kernels: Sequence[str] = KERNELS, table: dict[str, Shapes] = TABLE
+    families: Sequence[str] = FAMILIES,
+    kernels: Sequence[str] = KERNELS,
+    table: dict[str, Shapes] = TABLE,
+    masks: Sequence[str] = MASKS,
 ) -> Iterator[Case]:
     """Everything in `table`: 16-bit families in bf16 with fp32 and with bf16 factors, the wide ones on some chips.
 
-    fp32 factors also of `LARGEST_RANK`, where the family runs that fused.
+    fp32 factors also of `LARGEST_RANK`, where the family runs that fused. Each with all of `masks` that concern it.
     """
+    for case in _unmasked_cases(families, kernels, table):
+        if "none" in masks:
+            yield case
+        for mask in ("batch", "all"):
+            if mask in masks:
+                yield replace(case, masks=mask, rank=MASKED_RANKS[case.rank])
+
+
+def _unmasked_cases(families: Sequence[str], kernels: Sequence[str], table: dict[str, Shapes]) -> Iterator[Case]:
     for family in families:
         chips = WIDE_TARGETS if family in WIDE_FAMILIES else (family,)
         compute = WIDE_FAMILIES.get(family, torch.bfloat16)
@@ -136,11 +169,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _partials(rank: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums of tiles of rows × columns: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""
-    return (
-        _meta(FEATURES // columns, FEATURES, 2 * rank, dtype=dtype),
-        _meta(FEATURES // rows, 2 * rank, FEATURES, dtype=dtype),
-    )

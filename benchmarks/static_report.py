@@ -31,7 +31,7 @@ from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape
 from . import report
 from .ahead_of_time import compile_launch, target
 from .disassembly import CLASSES, class_counts, disassemble, inner_loop, matrix_instructions
-from .shipped_launches import FAMILIES, KERNELS, Case, dtype_name, shipped_cases
+from .shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
 
 SHARED_LIMIT_KIB = {
     "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
@@ -251,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="default: all")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="default: all")
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS, help="masked for what; default: all")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (2)")
     parser.add_argument(
         "--out", type=Path, help="folder for results (a full report: benchmarks/results; a partial one: printed only)"
@@ -258,12 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="fail on a spill, no matrix unit, too much shared memory")
     options = parser.parse_args(arguments)
     console = Console()
-    rows, failures = measure_all(list(shipped_cases(options.families, options.kernels)), options.workers, console)
-    for family, group in _by_family(rows):
-        report.print_table(family, HEADINGS, [cells(row) for row in group], console)
+    cases = list(shipped_cases(options.families, options.kernels, masks=options.masks))
+    rows, failures = measure_all(cases, options.workers, console)
     console.print(NOTE)
     found = [*failures, *problems(rows)]
-    is_full = list(options.families) == list(FAMILIES) and list(options.kernels) == list(KERNELS)
+    is_full = all(
+        list(one) == list(whole)
+        for one, whole in ((options.families, FAMILIES), (options.kernels, KERNELS), (options.masks, MASKS))
+    )
     folder = options.out or (report.RESULTS if is_full else None)
     if folder is not None:
         write(rows, folder, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import panels
-from .backends import Backend, FactorGradients, Factors, FusedPasses
+from .backends import Backend, DoesNotFit, FactorGradients, Factors, FusedPasses
 from .validation import check_choice
 
 STRATEGIES = ("auto", "fused", "panels")
@@ -54,7 +54,10 @@ def forward(
     """Y = X Wᵀ + b, [M, N]."""
     fused = _fused("forward", x, factors, backend)
     if fused is not None:
-        return fused.weight_product("forward", x, weight, factors, bias, rounding, panels.workspace_bytes())
+        try:
+            return fused.weight_product("forward", x, weight, factors, bias, rounding, panels.workspace_bytes())
+        except DoesNotFit:
+            return forward(x, weight, factors, bias, rounding, backend)
     return panels.forward(x, weight, factors, bias, rounding, backend)
 
 
@@ -93,7 +96,11 @@ def input_gradient(
     """∂X = G W, [M, K]."""
     fused = _fused("input_gradient", grad, factors, backend)
     if fused is not None:
-        return fused.weight_product("input_gradient", grad, weight, factors, None, rounding, panels.workspace_bytes())
+        try:
+            workspace = panels.workspace_bytes()
+            return fused.weight_product("input_gradient", grad, weight, factors, None, rounding, workspace)
+        except DoesNotFit:
+            return input_gradient(grad, weight, factors, rounding, backend)
     return panels.input_gradient(grad, weight, factors, rounding, backend)
 
 
@@ -110,6 +117,9 @@ def parameter_gradients(
     """The factors' gradients, and ∂W0 if given; that one needs H itself, so it always runs over panels."""
     fused = _fused("token_product", x, factors, backend) if grad_weight is None else None
     if fused is not None:
-        fused.token_product(grad, x, factors, ste, clip_bound, gradients, panels.workspace_bytes())
+        try:
+            fused.token_product(grad, x, factors, ste, clip_bound, gradients, panels.workspace_bytes())
+        except DoesNotFit:
+            parameter_gradients(grad, x, factors, ste, clip_bound, gradients, grad_weight, backend)
     else:
         panels.parameter_gradients(grad, x, factors, ste, clip_bound, gradients, grad_weight, backend)

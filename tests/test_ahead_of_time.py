@@ -52,10 +52,10 @@ def _launches(
         _meta(n, k, dtype=wide), factors, "xnor", 1.0, gradients, dtype, up, down, shapes.factor_gradients, chip
     )
     if max(r1, r2) <= shapes.fused_rank:
-        shape = shapes.weight_product("forward", m)
+        shape = shapes.weight_product("forward", m, n, k)
         out, bias = _meta(1, m, n, dtype=dtype), _meta(n, dtype=dtype)
         yield launches.weight_product(out, x, weight, factors, bias, "dither", False, hashes, shape, chip)
-        shape = shapes.weight_product("input_gradient", m)
+        shape = shapes.weight_product("input_gradient", m, k, n)
         parts = _meta(2, m, k, dtype=wide)
         yield launches.weight_product(parts, grad, weight, factors, None, "nearest", True, hashes, shape, chip)
         yield launches.token_product(grad, x, factors, "clip", 1.0, gradients, up, down, shapes.token_product, chip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dual_lora_kernels.precision import ieee_matmul
@@ -37,3 +38,23 @@ def test_the_precision_guard_gives_inherited_values_back() -> None:
         assert child.fp32_precision == "ieee"
     finally:
         child.fp32_precision, parent.fp32_precision = before
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_both_forms_of_the_setting_can_be_read_inside_and_are_back_afterwards(setting: str, device_type: str) -> None:
+    """PyTorch 2.13 raises where the old and the new form disagree, in whatever reads them: its compiler, cuBLAS."""
+
+    def forms() -> tuple[object, ...]:
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return torch.get_float32_matmul_precision(), cuda.allow_tf32, cuda.fp32_precision, cpu.fp32_precision
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        outside = forms()
+        with ieee_matmul(device_type):
+            assert forms() == ("highest", False, "ieee", "ieee")
+        assert forms() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)

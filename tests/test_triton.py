@@ -160,7 +160,7 @@ def test_split_sums(device: torch.device, operation: str, bias: bool, monkeypatc
     if transposed:
         problem = exact(3, 600, 70, 4, 4, dtype=torch.bfloat16, device=device)
     chip = Architecture(_chip(device).family, processors=64)
-    shape = chip.shapes(2).weight_product(operation, 3)
+    shape = chip.shapes(2).weight_product(operation, 3, 70, 600)
     splits = execute._splits(3, 70, 600, 99, shape, chip)
     assert splits > 1
     assert (splits - 1) * launches.split_length(600, splits, shape) < 600
@@ -217,7 +217,7 @@ def test_an_infinite_gradient_stays_in_its_row(device: torch.device) -> None:
 def test_splits_stay_within_the_workspace() -> None:
     """Parts of a sum are a temporary of tokens × features numbers each."""
     chip = Architecture("sm_90", processors=132)
-    shape = chip.shapes(2).weight_product("forward", 64)
+    shape = chip.shapes(2).weight_product("forward", 64, 0, 0)
     assert execute._splits(64, 1024, 4096, 99, shape, chip) > 3
     assert execute._splits(64, 1024, 4096, 3, shape, chip) <= 3
     assert execute._splits(64, 1024, 4096, 0, shape, chip) == 1

@@ -8,13 +8,14 @@ import torch
 
 from .._logging import logger
 from ..validation import check_choice
-from .base import Backend, FactorGradients, Factors, FusedPasses, SharedProducts
+from .base import Backend, DoesNotFit, FactorGradients, Factors, FusedPasses, SharedProducts
 from .eager import EagerBackend
 from .native import NativeBackend
 from .triton import TritonBackend
 
 __all__ = [
     "Backend",
+    "DoesNotFit",
     "FactorGradients",
     "Factors",
     "FusedPasses",

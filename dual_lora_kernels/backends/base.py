@@ -10,6 +10,10 @@ PANEL_UNIT = 64
 """`Backend.panel_unit` of backends without a reason for another: GPUs load and multiply unaligned columns slower."""
 
 
+class DoesNotFit(RuntimeError):
+    """A fused kernel that `FusedPasses.serves` admitted was refused by the device; from then on it says so."""
+
+
 class Factors(NamedTuple):
     """The four factors of a block: A [r1, k], B [n, r1], C [r2, k], D [n, r2], one dtype, and the scale s (0-dim)."""
 
@@ -92,7 +96,10 @@ class FusedPasses(Protocol):
         rounding: str,
         workspace: int,
     ) -> torch.Tensor:
-        """Y = X Wᵀ + b [M, N] for ``"forward"``, ∂X = G W [M, K] for ``"input_gradient"``; `bias` is contiguous."""
+        """Y = X Wᵀ + b [M, N] for ``"forward"``, ∂X = G W [M, K] for ``"input_gradient"``; `bias` is contiguous.
+
+        Raises `DoesNotFit`, as `token_product` does, before anything is written.
+        """
 
     def token_product(
         self,

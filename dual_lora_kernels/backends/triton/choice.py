@@ -17,7 +17,7 @@ import torch
 from ...precision import accumulation_dtype
 from ..base import Factors
 from .architecture import Architecture, architecture
-from .execute import fused_rank_limit, least_token_product_bytes
+from .execute import fused_rank_limit, least_token_product_bytes, why_unfit
 
 
 def serves(operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
@@ -29,7 +29,7 @@ def serves(operation: str, input: torch.Tensor, factors: Factors, workspace: int
         return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
     if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
         return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
-    return None
+    return why_unfit(operation, input, factors)
 
 
 def preferred(operation: str, input: torch.Tensor) -> bool:

@@ -5,13 +5,15 @@ Only for devices that `architecture` knows; the backend has checked that.
 
 from __future__ import annotations
 
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from triton.runtime.errors import OutOfResources
 
+from ..._logging import logger
 from ...precision import accumulation_dtype
 from ...rounding import column_hashes, is_dithered, row_hashes
-from ..base import FactorGradients, Factors
+from ..base import DoesNotFit, FactorGradients, Factors
 from . import launches
 from .architecture import Architecture, architecture
 from .shapes import ProductShape
@@ -21,6 +23,8 @@ _PROGRAMS_PER_PROCESSOR = 2
 _TILE_MARGIN = 1024
 """Hashes beyond the weight's last line that a tile may read; larger than any tile."""
 _LEAST_HASHES = 16384
+_unfit: dict[tuple[object, ...], str] = {}
+"""Fused kernels that their chip refused, with its reason."""
 _hash_cache: dict[torch.device, list[launches.Hashes]] = {}
 """The vectors made so far, the longest last. None is ever released: captured CUDA graphs hold their addresses."""
 
@@ -79,7 +83,7 @@ def weight_product(
     if tokens == 0:
         return input.new_empty(0, features)
     chip = _architecture(input.device)
-    shape = chip.shapes(input.itemsize).weight_product(operation, tokens)
+    shape = chip.shapes(input.itemsize).weight_product(operation, tokens, features, input.shape[1])
     wide = accumulation_dtype(input.dtype)
     most = workspace // (tokens * features * wide.itemsize)
     splits = _splits(tokens, features, input.shape[1], most, shape, chip)
@@ -87,7 +91,8 @@ def weight_product(
     result = input.new_empty((tokens, features))
     out = result[None] if splits == 1 else input.new_empty((splits, tokens, features), dtype=wide)
     hashes = _hashes(input, rounding, out_features, in_features)
-    launches.weight_product(out, input, weight, factors, bias, rounding, transposed, hashes, shape, chip).run()
+    launch = launches.weight_product(out, input, weight, factors, bias, rounding, transposed, hashes, shape, chip)
+    _run_fitting(launch, operation, input, factors)
     if splits == 1:
         return result
     total = out.sum(0)
@@ -112,9 +117,10 @@ def token_product(
         part = factors.rows(start, stop)
         like = input.new_empty(0, dtype=wide)
         up, down = _partials(like, (stop - start, extent[1]), part, shape.first, shape.second)
-        launches.token_product(
+        launch = launches.token_product(
             grad[:, start:stop], input, part, ste, clip_bound, gradients, up, down, shape, chip
-        ).run()
+        )
+        _run_fitting(launch, "token_product", input, factors)
         _accumulate(gradients.rows(start, stop), up, down, part)
 
 
@@ -128,6 +134,39 @@ def least_token_product_bytes(input: torch.Tensor, factors: Factors) -> int:
     shape = _architecture(input.device).shapes(input.itemsize).token_product
     itemsize = accumulation_dtype(input.dtype).itemsize
     return _partial_bytes(input.shape[1], factors, itemsize, shape.first, shape.second)
+
+
+def why_unfit(operation: str, input: torch.Tensor, factors: Factors) -> str | None:
+    """Why this chip has refused such a fused kernel, if it has; see `_run_fitting`."""
+    return _unfit.get(_fit_key(operation, input, factors))
+
+
+def _run_fitting(launch: launches.Launch, operation: str, input: torch.Tensor, factors: Factors) -> None:
+    """Run a fused kernel, or remember that it does not fit: what a Triton version needs is known once it compiles.
+
+    Raises `DoesNotFit` before the kernel has written anything. The table's shapes fit with the versions that
+    `make kernels` compiles with.
+    """
+    try:
+        launch.run()
+    except OutOfResources as error:
+        reason = f"its kernel does not fit this chip ({error})"
+        _unfit[_fit_key(operation, input, factors)] = reason
+        logger.warning("backend 'triton', %s of %d tokens: %s; panels run", operation, input.shape[0], reason)
+        raise DoesNotFit(reason) from error
+
+
+def _fit_key(operation: str, input: torch.Tensor, factors: Factors) -> tuple[object, ...]:
+    """What decides which kernel is compiled, but for masks."""
+    shapes = _architecture(input.device).shapes(input.itemsize)
+    out_features, in_features = factors.B.shape[0], factors.A.shape[1]
+    if operation == "token_product":
+        shape = shapes.token_product
+    else:
+        sizes = (in_features, out_features) if operation == "input_gradient" else (out_features, in_features)
+        shape = shapes.weight_product(operation, input.shape[0], *sizes)
+    blocks = (launches.rank_block(factor.shape[0]) for factor in (factors.A, factors.C))
+    return (operation, shape, input.device, input.dtype, factors.A.dtype, *blocks)
 
 
 def _partial_bytes(columns: int, factors: Factors, itemsize: int, tile_rows: int, tile_columns: int) -> int:
@@ -157,9 +196,9 @@ def _hashes(like: torch.Tensor, rounding: str, rows: int, columns: int) -> launc
         return _make_hashes(length, like.device)  # in the graph's memory, written anew by each replay
     else:
         # In a thread of its own: what torch.compile's CUDA graphs allocate on theirs belongs to a pool that they reuse.
-        thread = Thread(target=lambda: kept.append(_make_hashes(length, like.device)))
-        thread.start()
-        thread.join()
+        # Its exceptions are raised here: a kernel would read past the end of shorter vectors.
+        with ThreadPoolExecutor(1) as pool:
+            kept.append(pool.submit(_make_hashes, length, like.device).result())
     return kept[-1]
 
 

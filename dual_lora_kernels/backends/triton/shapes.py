@@ -32,7 +32,8 @@ class PanelShape:
 class ProductShape:
     """A tile of a fused product: `first` × `tokens` outputs, `second` a step of the sum; for up to `up_to` tokens.
 
-    In `token_product` first and second are rows and columns of H, and `tokens` is the step.
+    In `token_product` first and second are rows and columns of H, and `tokens` is the step. `whole_tiles`: only for
+    weights of whole tiles, since the kernel spills where it masks the weight.
     """
 
     tokens: int
@@ -41,7 +42,13 @@ class ProductShape:
     warps: int
     stages: int
     up_to: int | None = None
+    whole_tiles: bool = False
     source: str = ""
+
+    def suits(self, tokens: int, features: int, length: int) -> bool:
+        """Whether it is meant for so many tokens, and for results of `features` from sums over `length`."""
+        is_whole = features % self.first == 0 and length % self.second == 0
+        return (self.up_to is None or tokens <= self.up_to) and (is_whole or not self.whole_tiles)
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,18 @@ class Shapes:
 
     def __post_init__(self) -> None:
         for operation in ("forward", "input_gradient"):
-            bounds = [shape.up_to for shape in getattr(self, operation)]
-            if bounds[-1] is not None or bounds[:-1] != sorted({bound for bound in bounds if bound is not None}):
-                raise ValueError(f"{operation}: got up_to {bounds}, expected them to rise and the last to be None")
+            bounds = [float("inf") if shape.up_to is None else shape.up_to for shape in getattr(self, operation)]
+            if bounds != sorted(bounds) or not getattr(self, operation)[-1].suits(2**31, 1, 1):
+                raise ValueError(
+                    f"{operation}: got up_to {bounds}, expected them not to fall, and the last for all tokens and sizes"
+                )
         if self.fused_rank not in BLOCK_RANKS:
             raise ValueError(f"fused_rank: got {self.fused_rank}, expected {' or '.join(map(str, BLOCK_RANKS))}")
 
-    def weight_product(self, operation: str, tokens: int) -> ProductShape:
-        """The first shape of ``"forward"`` or ``"input_gradient"`` that is meant for so many tokens."""
+    def weight_product(self, operation: str, tokens: int, features: int, length: int) -> ProductShape:
+        """The first shape of ``"forward"`` or ``"input_gradient"`` that suits the sizes; see `ProductShape.suits`."""
         entries: tuple[ProductShape, ...] = getattr(self, operation)
-        return next(shape for shape in entries if shape.up_to is None or tokens <= shape.up_to)
+        return next(shape for shape in entries if shape.suits(tokens, features, length))
 
 
 def parse(entry: dict[str, Any]) -> Shapes:

@@ -124,8 +124,11 @@ def narrow(values, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
         if DTYPE == tl.bfloat16:
             values = values.to(tl.float32)
             bits = values.to(tl.uint32, bitcast=True)
-            nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-            return tl.where(values != values, float("nan"), nearest)
+            nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+            # Selected as bits: Triton 3.6's interpreter keeps bf16 as integers, of which a NaN would make a number.
+            return tl.where(values != values, tl.full(nearest.shape, 0x7FC0, tl.uint16), nearest).to(
+                tl.bfloat16, bitcast=True
+            )
     return values.to(DTYPE)
 
 
