@@ -4,9 +4,13 @@ PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 # The CPU build on machines where that is what pip finds; a GPU user installs their own torch first (README).
 TORCH := torch==2.13.0
+OLDEST_TRITON := 3.6.0
 OUT ?= results/demo
 # The tests' operations are small: threads that spin between them cost minutes on a machine that others use too.
 export OMP_WAIT_POLICY ?= PASSIVE
+
+# One process for each core; what takes long is Python and compilers, not products.
+PARALLEL := -n auto --dist worksteal
 
 # `make sanitize`: the runtimes come before Python, which was built without them; GCC's, as their names are.
 SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
@@ -43,7 +47,7 @@ demo: $(VENV)/.installed
 test: test-eager test-triton test-few-machines
 
 test-eager: $(VENV)/.installed
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 # Settings that stand in for other processors, libraries' paths and thread counts (benchmarks/machines.py).
 test-few-machines: $(VENV)/.installed
@@ -54,7 +58,7 @@ test-machines: $(VENV)/.installed
 
 # Triton's interpreter is Python and NumPy: more threads only get into each other's way.
 test-triton: $(VENV)/.installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
 
 # A copy under build/, so that the installed library stays as it is. A finding ends the process, and so the tests; pytest
 # would keep its report if it captured more than Python's output.
@@ -76,8 +80,13 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-kernels: $(VENV)/.installed
+# With the newest Triton and with the oldest that is supported, which GPU machines have: it needs more registers and memory.
+kernels: $(VENV)/.installed build/triton-$(OLDEST_TRITON)
 	$(PYTHON) -m benchmarks.static_report --check --out results/kernels
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.static_report --check --out results/kernels-oldest
+
+build/triton-$(OLDEST_TRITON): $(VENV)/.installed
+	$(PIP) install -q --no-deps --upgrade --target $@ triton==$(OLDEST_TRITON)
 
 gpu-session: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.gpu_session --out results/gpu

@@ -126,8 +126,7 @@ def nvidia_resources(usage: str, instructions: Sequence[Instruction]) -> Resourc
     if match is None:
         raise ValueError(f"no resource usage in {usage!r}")
     registers, stack, local = (int(group) for group in match.groups())
-    spills = sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in instructions)
-    return Resources(registers, spills, stack + local)
+    return Resources(registers, spill_accesses(instructions), stack + local)
 
 
 def amd_resources(text: str) -> Resources:
@@ -159,6 +158,11 @@ def matrix_instructions(instructions: Sequence[Instruction]) -> dict[str, int]:
     """Matrix instructions by name, most frequent first."""
     names = Counter(item.opcode for item in instructions if classify(item.opcode) == "matrix")
     return dict(names.most_common())
+
+
+def spill_accesses(instructions: Sequence[Instruction]) -> int:
+    """Loads and stores of spilled registers."""
+    return sum(item.opcode.startswith(("LDL", "STL", "scratch_")) for item in instructions)
 
 
 def inner_loop(instructions: Sequence[Instruction]) -> list[Instruction] | None:

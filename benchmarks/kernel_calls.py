@@ -120,9 +120,10 @@ def adopt(family: str, kernel: str, shapes: Sequence[PanelShape | ProductShape])
 
 @contextmanager
 def shape_in_use(family: str, kernel: str, shape: PanelShape | ProductShape) -> Iterator[None]:
-    """Within it, `kernel` runs with `shape` on chips of `family`, for any number of tokens."""
+    """Within it, `kernel` runs with `shape` on chips of `family`, for any number of tokens and any weight."""
     before = TABLE[family]
-    adopt(family, kernel, [dataclasses.replace(shape, up_to=None) if isinstance(shape, ProductShape) else shape])
+    is_product = isinstance(shape, ProductShape)
+    adopt(family, kernel, [dataclasses.replace(shape, up_to=None, whole_tiles=False) if is_product else shape])
     try:
         yield
     finally:

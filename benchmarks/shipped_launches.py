@@ -142,7 +142,8 @@ def shipped_cases(
     for case in _unmasked_cases(families, kernels, table):
         if "none" in masks:
             yield case
-        for mask in ("batch", "all"):
+        masked = ("batch",) if isinstance(case.shape, ProductShape) and case.shape.whole_tiles else ("batch", "all")
+        for mask in masked:
             if mask in masks:
                 yield replace(case, masks=mask, rank=MASKED_RANKS[case.rank])
 

@@ -273,6 +273,13 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[-1]
 
 
+def fallback(kernel: str, chosen: Sequence[Shape], shapes: Shapes) -> list[Shape]:
+    """The table's last shape of a product, behind one that is for whole tiles alone: some shape must suit all weights."""
+    if isinstance(chosen[-1], ProductShape) and chosen[-1].whole_tiles:
+        return [getattr(shapes, kernel)[-1]]
+    return []
+
+
 def table_entry(shape: Shape) -> dict[str, Any]:
     """The shape as the file has it: fields that keep their default are left out."""
     fields = dataclasses.fields(shape)
@@ -313,7 +320,8 @@ def run(tuner: Tuner, kernels: Sequence[str], minutes: float, path: Path) -> Non
                     progress.advance(task)
                 if any(winners):
                     kept = [current(slot, tuner.shapes) for slot in tuner.slots(kernel)]
-                    adopt(tuner.chip.family, kernel, [new or old for new, old in zip(winners, kept, strict=True)])
+                    chosen = [new or old for new, old in zip(winners, kept, strict=True)]
+                    adopt(tuner.chip.family, kernel, chosen + fallback(kernel, chosen, tuner.shapes))
                     write_table(path, tuner.chip.family, tuner.shapes)
             for index, operation in enumerate(operations):
                 progress.update(task, description=f"{operation}: fused or panels")

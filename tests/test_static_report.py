@@ -196,6 +196,8 @@ def clean_row() -> Row:
         needs_matrix=True,
         step=dict.fromkeys(CLASSES, 1),
         whole=False,
+        masks="none",
+        step_spills=0,
         issue_slots_per_element=None,
         issue_per_tensor_cycle=0.73,
     )
@@ -205,6 +207,10 @@ def clean_row() -> Row:
     ("change", "complaint"),
     [
         ({"spills": 7}, "7 spills"),
+        ({"spills": 7, "masks": "all", "step_spills": 1}, "7 spills"),
+        ({"spills": 7, "masks": "all", "whole": True}, "7 spills"),
+        ({"spills": 201, "masks": "batch"}, "201 spills"),
+        ({"matrix": {"HMMA.1688.F32.TF32": 48, "HGMMA.64x128x16.F32.BF16": 4}}, "mma.sync"),
         ({"stack_bytes": 16}, "16 bytes of stack"),
         ({"matrix": {}}, "no matrix instruction"),
         ({"shared_bytes": 227 * 1024 + 1}, "bytes of shared memory"),
@@ -255,15 +261,19 @@ def test_every_shipped_shape_of_every_family_is_a_case() -> None:
     assert {case.family for case in cases} == set(FAMILIES)
     assert {case.chip for case in cases} == set(SHARED_LIMIT_KIB)
     for family in SHARED_LIMIT_KIB:
-        combinations: dict[tuple[str, str], set[tuple[torch.dtype, int]]] = {}
+        combinations: dict[tuple[str, str, str], set[tuple[torch.dtype, int]]] = {}
         for case in cases:
             if case.family == family:
-                combinations.setdefault((case.kernel, case.tile), set()).add((case.factor_dtype, case.rank))
-        assert {kernel for kernel, _ in combinations} == set(KERNELS)
-        expected = {(torch.float32, 16), (torch.bfloat16, 16)}
-        if TABLE[family].fused_rank == 32:
-            expected.add((torch.float32, 32))
-        assert all(found == expected for found in combinations.values())
+                found = combinations.setdefault((case.kernel, case.tile, case.masks), set())
+                found.add((case.factor_dtype, case.rank))
+        assert {kernel for kernel, *_ in combinations} == set(KERNELS)
+        for (_, _, masks), found in combinations.items():
+            small, large = (16, 32) if masks == "none" else (12, 24)
+            expected = {(torch.float32, small), (torch.bfloat16, small)}
+            if TABLE[family].fused_rank == 32:
+                expected.add((torch.float32, large))
+            assert found == expected
+        assert {masks for *_, masks in combinations} == set(MASKS)
 
 
 def test_the_committed_report_is_of_the_shipped_shapes() -> None:
