@@ -122,8 +122,9 @@ def adopt(family: str, kernel: str, shapes: Sequence[PanelShape | ProductShape])
 def shape_in_use(family: str, kernel: str, shape: PanelShape | ProductShape) -> Iterator[None]:
     """Within it, `kernel` runs with `shape` on chips of `family`, for any number of tokens and any weight."""
     before = TABLE[family]
-    is_product = isinstance(shape, ProductShape)
-    adopt(family, kernel, [dataclasses.replace(shape, up_to=None, whole_tiles=False) if is_product else shape])
+    if isinstance(shape, ProductShape):
+        shape = dataclasses.replace(shape, up_to=None, whole_tiles=False)
+    adopt(family, kernel, [shape])
     try:
         yield
     finally:

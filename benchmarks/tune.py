@@ -30,7 +30,7 @@ from triton.errors import TritonError
 from dual_lora_kernels import panels
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
-from dual_lora_kernels.backends.triton.shapes import PATH, TABLE, Shapes
+from dual_lora_kernels.backends.triton.shapes import PATH, TABLE, ProductShape, Shapes
 
 from .budget import Deadline, part_seconds
 from .candidates import CLASS_TOKENS, Shape, Slot, candidates, current, slots
@@ -274,7 +274,7 @@ def last_line(error: BaseException) -> str:
 
 
 def fallback(kernel: str, chosen: Sequence[Shape], shapes: Shapes) -> list[Shape]:
-    """The table's last shape of a product, behind one that is for whole tiles alone: some shape must suit all weights."""
+    """The table's last shape of a product, behind one for whole tiles alone: some shape must suit all weights."""
     if isinstance(chosen[-1], ProductShape) and chosen[-1].whole_tiles:
         return [getattr(shapes, kernel)[-1]]
     return []

@@ -1,146 +1,137 @@
-"""A saved adapter's folder: written in one atomic step, read without mixing two saves.
-
-Everything that loading needs is in one file, ``dual_lora_model.safetensors``: the tensors, and the settings as JSON in
-its metadata. It is written beside its place, flushed, and renamed over it, so that a crash leaves the old adapter or
-the new one, and a reader sees one of them. ``dual_lora_config.json`` repeats the settings for people.
-"""
+"""What a saved adapter is on disk: one safetensors file that holds all, and a JSON file of its settings for people."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ._logging import logger
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a file that a process has open cannot be removed anyway
-    fcntl = None  # type: ignore[assignment]
+from .config import DualLoraConfig
+from .durable_files import replace_files
+from .linear import DualLoraLinear
+from .validation import SUPPORTED_DTYPES
 
 SETTINGS_FILE = "dual_lora_config.json"
 WEIGHTS_FILE = "dual_lora_model.safetensors"
-_METADATA_KEY = "dual_lora_settings"
-_LENGTH_BYTES = 8  # a safetensors file starts with its header's length
+SETTINGS_KEY = "dual_lora_config"
+"""Where the safetensors file's metadata has the settings, as the same text that the JSON file has."""
+_FORMAT = 1
+_SETTINGS = ("r1", "r2", "alpha", "init_std", "ste", "rounding", "clip_bound", "dropout", "adapter_dtype")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SUPPORTED_DTYPES}
 
 
-def write(folder: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
-    """Write an adapter into `folder`, which is made if need be, over an older one.
+class Adapter(NamedTuple):
+    """A saved adapter: each layer's settings by the layer's name, and the tensors by ``<layer>.<tensor>``."""
 
-    A link in the place of a file is replaced, not followed. What a killed process left unfinished is removed by the
-    next save. Raises NotADirectoryError where `folder` is something else, OSError where it cannot be written; an older
-    adapter is untouched then.
+    configs: Mapping[str, DualLoraConfig]
+    state: Mapping[str, torch.Tensor]
+
+
+def layer_config(layer: DualLoraLinear) -> DualLoraConfig:
+    """A layer's settings. Raises ValueError or TypeError where an attribute was set to what cannot be."""
+    options = {name: getattr(layer, name) for name in _SETTINGS if name not in ("dropout", "adapter_dtype")}
+    return DualLoraConfig(**options, dropout=float(layer.dropout.p), adapter_dtype=layer.A.dtype)
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write both files into `folder`. The tensors are contiguous and share no memory.
+
+    The safetensors file has the settings too, so its taking its place is the whole save; the JSON file follows. Raises
+    OSError, with what was in `folder` unchanged, where they cannot be written.
     """
-    text = json.dumps(settings, indent=2, allow_nan=False)
-    data = save(dict(tensors), metadata={"format": "pt", _METADATA_KEY: text})
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder: got {str(folder)!r}, which is a file, expected a folder or a new name")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_FILE, SETTINGS_FILE):
-        _remove_abandoned(folder, name)
-    _replace(folder / WEIGHTS_FILE, data)
-    _replace(folder / SETTINGS_FILE, f"{text}\n".encode())
-    _flush_folder(folder)
-    _flush_folder(folder.absolute().parent)
-
-
-def read(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(settings, tensors) of the adapter in `folder`, both from one save.
-
-    Raises FileNotFoundError where there is none, ValueError where it is damaged.
-    """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"folder: got {str(folder)!r}, which has no {WEIGHTS_FILE}; expected what save_dual_lora wrote"
-        )
-    # Read once: safetensors opens a file twice, and a save may have replaced it in between.
-    data = file.read_bytes()
+    text = _settings_text(adapter.configs)
+    weights = save(dict(adapter.state), metadata={"format": "pt", SETTINGS_KEY: text})
     try:
-        tensors = load(data)
-        header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")])
-        text = header["__metadata__"][_METADATA_KEY]
-    except SafetensorError as error:
-        raise ValueError(f"folder: {WEIGHTS_FILE} in {str(folder)!r} is damaged: {error}") from error
-    except KeyError:
-        raise ValueError(
-            f"folder: {WEIGHTS_FILE} in {str(folder)!r} has no settings in its metadata; expected what save_dual_lora "
-            "wrote"
-        ) from None
+        if folder.is_symlink():
+            logger.warning("%s is a link to %s; a folder of its own takes its place", folder, folder.readlink())
+        # In this order: a reader that has read the JSON file first cannot have new settings for old tensors then.
+        replace_files(folder, {WEIGHTS_FILE: weights, SETTINGS_FILE: text.encode()})
+    except OSError as error:
+        at = f" ({error.filename})" if error.filename else ""
+        message = f"folder: got {str(folder)!r}, expected one that an adapter can be written to: {error.strerror}{at}"
+        raise OSError(error.errno, message) from error
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read what `write_adapter` wrote, or an adapter without metadata that an earlier version wrote.
+
+    Raises FileNotFoundError where there is none, ValueError where a file is damaged or of another format. Settings in
+    the metadata count; a JSON file that says otherwise is warned of and not used.
+    """
+    weights_file, settings_file = folder / WEIGHTS_FILE, folder / SETTINGS_FILE
+    beside = settings_file.read_bytes() if settings_file.is_file() else None
+    if not weights_file.is_file():
+        raise _missing(weights_file)
+    # Not safe_open or load_file: they open the file a second time for its tensors, and it may be another one by then.
+    data = weights_file.read_bytes()
+    with torch.device("cpu"):  # inside `with torch.device("meta")` too
+        try:
+            state = load(data)
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+            raise _unreadable(weights_file, error) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(SETTINGS_KEY)
+    if text is None:
+        if beside is None:
+            raise _missing(settings_file)
+        return Adapter(_configs(settings_file, beside), state)
+    configs = _configs(weights_file, text)
+    if beside is not None and not _says(settings_file, beside, configs):
+        logger.warning(
+            "%s does not say what %s has as its settings, which are used: it was edited, or a save is under way or was "
+            "interrupted; saving again rewrites it",
+            settings_file, WEIGHTS_FILE,
+        )  # fmt: skip
+    return Adapter(configs, state)
+
+
+def _settings_text(configs: Mapping[str, DualLoraConfig]) -> str:
+    layers = {
+        name: config.layer_options() | {"adapter_dtype": str(config.adapter_dtype).removeprefix("torch.")}
+        for name, config in configs.items()
+    }
+    return json.dumps({"format": _FORMAT, "layers": layers}, indent=2) + "\n"
+
+
+def _configs(file: Path, text: str | bytes) -> dict[str, DualLoraConfig]:
+    """Each saved layer's settings by name. `file`: where the text comes from."""
     try:
         settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"folder: the settings of {WEIGHTS_FILE} in {str(folder)!r} are damaged: {error}") from error
-    _compare_with_settings_file(folder / SETTINGS_FILE, settings)
-    return settings, tensors
+        if settings["format"] != _FORMAT:
+            raise ValueError(f"format: got {settings['format']!r}, expected {_FORMAT}; is it of a newer version?")
+        if not settings["layers"]:
+            raise ValueError("it names no layers")
+        return {name: _config(name, layer) for name, layer in settings["layers"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise _unreadable(file, error) from error
 
 
-def _compare_with_settings_file(file: Path, settings: Any) -> None:
-    """Say so where the file for people says something else: edited by hand, or of a save that was cut short."""
+def _config(name: str, layer: dict[str, Any]) -> DualLoraConfig:
+    if layer.keys() != set(_SETTINGS):
+        raise ValueError(f"{name} has the settings {sorted(layer)}, expected {sorted(_SETTINGS)}")
+    if layer["adapter_dtype"] not in _DTYPES:
+        raise ValueError(f"adapter_dtype: got {layer['adapter_dtype']!r}, expected one of {', '.join(_DTYPES)}")
+    return DualLoraConfig(**layer | {"adapter_dtype": _DTYPES[layer["adapter_dtype"]]})
+
+
+def _says(file: Path, text: bytes, configs: Mapping[str, DualLoraConfig]) -> bool:
     try:
-        same = json.loads(file.read_text(encoding="utf-8")) == settings
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, RecursionError):
-        same = False
-    if not same:
-        logger.warning("%s differs from the settings inside %s, which count", SETTINGS_FILE, WEIGHTS_FILE)
+        return _configs(file, text) == configs
+    except ValueError:
+        return False
 
 
-def _replace(target: Path, data: bytes) -> None:
-    """Put `data` in the place of `target`: whole, on disk, with the permissions of a new file."""
-    with _unfinished(target) as (path, descriptor):
-        with os.fdopen(os.dup(descriptor), "wb") as stream:
-            stream.write(data)
-        os.fsync(descriptor)
-        os.replace(path, target)
+def _missing(file: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"folder: got {str(file.parent)!r}, which has no {file.name}; expected what save_dual_lora wrote"
+    )
 
 
-@contextlib.contextmanager
-def _unfinished(target: Path) -> Iterator[tuple[Path, int]]:
-    """A new file beside `target`, locked while its process lives, removed if it is still there in the end."""
-    while True:
-        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-        if fcntl is None:
-            break
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if path.exists():
-            break
-        os.close(descriptor)  # another save took it for abandoned before it was locked
-    try:
-        yield path, descriptor
-    finally:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-
-
-def _remove_abandoned(folder: Path, name: str) -> None:
-    """Remove unfinished files of processes that are gone: nobody holds their locks."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError):  # a living process's, or gone meanwhile
-            descriptor = os.open(path, os.O_WRONLY)
-            try:
-                if fcntl is not None:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the names in `folder` on disk, where the system can flush a folder and lets us."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _unreadable(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"folder: {file.name} in {str(file.parent)!r} cannot be read: {error}")

@@ -1,17 +1,16 @@
-"""Saving and loading the adapter alone: factors, scales and settings."""
+"""Saving and loading the adapter alone, and taking its tensors out of a model and putting them in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from . import adapter_files
 from ._logging import logger
-from .adapter_files import SETTINGS_FILE, WEIGHTS_FILE
+from .adapter_files import Adapter, layer_config, read_adapter, write_adapter
 from .config import DualLoraConfig
 from .linear import (
     FACTOR_NAMES,
@@ -23,20 +22,16 @@ from .linear import (
     why_not_adaptable,
 )
 from .model import adapt
-from .validation import SUPPORTED_DTYPES, check_finite
+from .validation import SUPPORTED_DTYPES, check_finite, check_tensor
 
-__all__ = [
-    "SETTINGS_FILE",
-    "WEIGHTS_FILE",
-    "dual_lora_state_dict",
-    "load_dual_lora",
-    "load_dual_lora_state_dict",
-    "save_dual_lora",
-]
-
-_FORMAT = 1
 _SAVED_TENSORS = (*FACTOR_NAMES, "scale")
-_SAVED_SETTINGS = ("r1", "r2", "alpha", "init_std", "ste", "rounding", "clip_bound")
+
+
+class _Slot(NamedTuple):
+    """What a model has for a saved tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -54,64 +49,57 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-@torch.no_grad()
 def load_dual_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load what `dual_lora_state_dict` returned into a model with the same Dual LoRA layers.
 
-    Values are cast to the dtype and moved to the device of the model's own tensors; those on the meta device get
-    storage on the CPU, where a copy would vanish.
+    Values are cast to the dtype and moved to the device of the model's own tensors. Where those are on the meta device
+    (accelerate's ``init_empty_weights``), new parameters with the values take their place, beside the layer's weight,
+    or on the CPU while that is on the meta device too.
 
-    Raises ValueError for missing or unexpected names, shapes (ranks) that differ, tensors that are not floating-point,
-    and values that are not finite in the model's dtype, before anything is changed.
+    Raises:
+        ValueError: missing or unexpected names; shapes (ranks) that differ; values that are not floating-point, not
+            finite, beyond the range of the model's dtype, or on the meta device; a layer that is merged or that
+            accelerate has offloaded. Nothing has been changed then.
+        TypeError: a value is no tensor.
     """
-    own = dual_lora_state_dict(model)
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"state: missing {missing[:4]}, unexpected {unexpected[:4]}; expected the model's {len(own)} names"
-        )
-    for name, tensor in own.items():
-        _check_tensor(f"state[{name!r}]", state[name], tuple(tensor.shape), tensor.dtype)
-    for name, layer in dual_lora_layers(model):
-        if layer.merged:
-            raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
-    for name, layer in dual_lora_layers(model):
-        for tensor_name in _SAVED_TENSORS:
-            _assign(layer, tensor_name, state[f"{name}.{tensor_name}"])
-
-
-def _assign(layer: DualLoraLinear, name: str, value: torch.Tensor) -> None:
-    own = getattr(layer, name)
-    if not own.is_meta:
-        own.copy_(value)
-        return
-    real = value.to(device="cpu", dtype=own.dtype, copy=True)
-    setattr(layer, name, real if name == "scale" else nn.Parameter(real, requires_grad=own.requires_grad))
+    _check_layers(model)
+    _check_state("state", _slots(model), state)
+    _fill(model, state)
 
 
 def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapters of `model` into `folder` (made if need be) and return it.
 
-    ``dual_lora_model.safetensors`` has `dual_lora_state_dict` and, in its metadata, each layer's settings: all that
-    loading needs, in one file that is replaced in one atomic step, so that a crash or another process at work leaves
-    one whole adapter or the other. ``dual_lora_config.json`` repeats the settings for people. What else trains (a bias,
-    a head) is not saved, which is said on the package's logger.
+    ``dual_lora_model.safetensors`` holds all that loading needs: `dual_lora_state_dict`, and each layer's settings in
+    its metadata. It takes the place of an older one in one step and is flushed to disk, so whatever happens to the
+    process or the machine, and whoever reads or saves at the same time, there is one whole adapter or the other.
+    ``dual_lora_config.json`` repeats the settings for people; loading does not follow changes made there, and warns.
 
-    Raises ValueError where the model has no Dual LoRA layers or a value is not finite, NotADirectoryError where
-    `folder` is a file, and OSError where it cannot be written; an adapter that was there before is untouched then.
+    Both files get the permissions that the umask leaves. Where one of them or `folder` itself is a symbolic link, a
+    file or folder takes the link's place, and what it pointed to (a cache, say) stays as it was; a folder does so in
+    two steps. A process that is killed can leave a hidden ``.tmp`` file, which the next save into the folder removes.
+
+    What else trains (a bias, a head) is not saved, which is said on the package's logger; nor is the count of averaged
+    steps of an ``AveragedModel``.
+
+    Raises:
+        ValueError: `model` has no Dual LoRA layers, or a factor or scale is not finite or has no values (on the meta
+            device).
+        OSError: `folder` is a file, or cannot be written (permissions, a full disk).
+
+    What was saved before is still there, unchanged, after an error; or the new adapter is, whole, where only its JSON
+    file or the last flush failed.
     """
     folder = Path(folder)
-    state = {name: tensor.contiguous() for name, tensor in dual_lora_state_dict(model).items()}
+    state = dual_lora_state_dict(model)
     for name, tensor in state.items():
-        if tensor.is_meta:
-            raise ValueError(f"model: {name} is on the meta device, expected an adapter with values")
-        check_finite(name, tensor)
+        _check_value("model", name, tensor, tensor.dtype)
+    configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
     adapter = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
     others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in adapter]
     if others:
         logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
-    settings = {"format": _FORMAT, "layers": {name: _settings(layer) for name, layer in dual_lora_layers(model)}}
-    adapter_files.write(folder, state, settings)
+    write_adapter(folder, Adapter(configs, {name: tensor.contiguous() for name, tensor in state.items()}))
     return folder
 
 
@@ -119,80 +107,135 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that `save_dual_lora` wrote and return `model`.
 
     A plain model is adapted first, in place, with the saved settings; one that has Dual LoRA layers must have the same
-    ones with the same ranks, and keeps its own settings. In a model on the meta device (accelerate's
-    ``init_empty_weights``) the adapters get storage on the CPU at once, and the base can be loaded afterwards.
+    ones with the same ranks, and keeps its own settings (the log says where they compute something else).
+
+    A model on the meta device (accelerate's ``init_empty_weights``) gets the adapter's values on the CPU, under a base
+    that stays empty: load the adapter first, then the base by accelerate's ``load_checkpoint_and_dispatch``. With
+    ``to_empty``, load the adapter afterwards, since that drops the values of every parameter.
 
     Raises:
         FileNotFoundError: `folder` holds no saved adapter.
-        ValueError: the file is damaged or of a newer format, or does not fit the model. Nothing has been changed then.
+        ValueError: the files are damaged or of another format, or do not fit the model, or hold values that
+            `load_dual_lora_state_dict` refuses. Nothing has been changed then.
     """
-    settings, state = adapter_files.read(Path(folder))
-    configs = _configs(settings)
+    folder = Path(folder)
+    configs, state = read_adapter(folder)
     if next(dual_lora_layers(model), None) is None:
-        modules = dict(unwrapped(model).named_modules())
-        chosen = {}
-        for name, config in configs.items():
-            module = modules.get(name)
-            reason = "the model has no such layer" if module is None else why_not_adaptable(module)
-            if module is None or reason is not None:
-                raise ValueError(f"folder: the saved adapter has a layer {name!r}, which does not fit: {reason}")
-            chosen[name] = (module, config)
-        _check_against_model(chosen, state)
+        chosen = _saved_layers(model, configs)
+        _check_state("folder", _slots_after_adapting(chosen), state)
         adapt(model, chosen)
-    load_dual_lora_state_dict(model, state)
+    else:
+        _check_layers(model)
+        _check_state("folder", _slots(model), state)
+        _report_other_settings(model, configs)
+    _fill(model, state)
     logger.info("loaded %d layers from %s", len(configs), folder)
     return model
 
 
-def _settings(layer: DualLoraLinear) -> dict[str, Any]:
-    dtype = str(layer.A.dtype).removeprefix("torch.")
-    return {name: getattr(layer, name) for name in _SAVED_SETTINGS} | {
-        "dropout": layer.dropout.p,
-        "adapter_dtype": dtype,
-    }
+def _saved_layers(
+    model: nn.Module, configs: Mapping[str, DualLoraConfig]
+) -> dict[str, tuple[nn.Module, DualLoraConfig]]:
+    """The layers of a plain model to which a saved adapter belongs. Raises ValueError where one cannot be adapted."""
+    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    chosen = {}
+    for name, config in configs.items():
+        module = modules.get(name)
+        reason = "the model has no such layer" if module is None else why_not_adaptable(module)
+        if module is None or reason is not None:
+            raise ValueError(f"folder: the saved adapter has a layer {name!r}, which does not fit: {reason}")
+        chosen[name] = (module, config)
+    return chosen
 
 
-def _configs(settings: Any) -> dict[str, DualLoraConfig]:
-    """Each saved layer's configuration by name."""
-    try:
-        if settings["format"] > _FORMAT:
-            raise ValueError(f"format {settings['format']} is newer than this version reads ({_FORMAT})")
-        return {
-            name: DualLoraConfig(**layer | {"adapter_dtype": getattr(torch, layer["adapter_dtype"])})
-            for name, layer in settings["layers"].items()
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"folder: the settings in {WEIGHTS_FILE} cannot be read: {error}") from error
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """By the names of `dual_lora_state_dict`."""
+    return {name: _Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in dual_lora_state_dict(model).items()}
 
 
-def _check_against_model(
-    chosen: Mapping[str, tuple[nn.Module, DualLoraConfig]], state: Mapping[str, torch.Tensor]
-) -> None:
-    """Raise ValueError unless the saved tensors are those that adapting the chosen layers would make."""
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+def _slots_after_adapting(chosen: Mapping[str, tuple[nn.Module, DualLoraConfig]]) -> dict[str, _Slot]:
+    """`_slots` of the model that adapting the chosen layers would make."""
+    slots: dict[str, _Slot] = {}
     for name, (module, config) in chosen.items():
-        dtype = config.adapter_dtype or torch.float32
+        assert config.adapter_dtype is not None  # it is saved
         shapes = factor_shapes(*linear_features(module), config.r1, config.r2)
-        expected |= {f"{name}.{tensor}": (shape, dtype) for tensor, shape in shapes.items()}
-        expected[f"{name}.scale"] = (), torch.float32
-    if expected.keys() != state.keys():
-        raise ValueError(
-            f"folder: the tensors and the settings in {WEIGHTS_FILE} name different tensors: "
-            f"{sorted(expected.keys() ^ state.keys())[:4]}"
-        )
-    for name, (shape, dtype) in expected.items():
-        _check_tensor(f"folder: {name}", state[name], shape, dtype)
+        slots |= {f"{name}.{factor}": _Slot(shape, config.adapter_dtype) for factor, shape in shapes.items()}
+        slots[f"{name}.scale"] = _Slot((), torch.float32)
+    return slots
 
 
-def _check_tensor(where: str, value: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError unless a saved tensor has `shape` and stays finite in `dtype`."""
-    if tuple(value.shape) != shape:
+def _check_layers(model: nn.Module) -> None:
+    """Raise ValueError where values put into an adapted layer would not be those that it computes with."""
+    for name, layer in dual_lora_layers(model):
+        if layer.merged:
+            raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
+        if layer.A.is_meta and hasattr(layer, "_hf_hook"):
+            raise ValueError(
+                f"model: {name} is offloaded by accelerate, whose hooks would put the old values back; expected one "
+                "without such hooks: load the adapter before dispatching the model"
+            )
+
+
+def _check_state(argument: str, slots: Mapping[str, _Slot], state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError or TypeError unless `state` has values for exactly these slots."""
+    missing, unexpected = sorted(slots.keys() - state.keys()), sorted(state.keys() - slots.keys())
+    if missing or unexpected:
         raise ValueError(
-            f"{where}: got shape {tuple(value.shape)}, expected {shape}: "
-            "the adapter was trained with other ranks or for another model"
+            f"{argument}: missing {missing[:4]}, unexpected {unexpected[:4]}; expected the model's {len(slots)} names"
         )
+    for name, (shape, dtype) in slots.items():
+        value = state[name]
+        check_tensor(f"{argument}[{name!r}]", value)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{argument}: {name} has shape {tuple(value.shape)}, expected {shape}: "
+                "the adapter was trained with other ranks or for another model"
+            )
+        _check_value(argument, name, value, dtype)
+
+
+def _check_value(argument: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `value` holds finite numbers that `dtype` can hold too."""
     if value.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(f"{where}: got {value.dtype}, expected one of {', '.join(map(str, SUPPORTED_DTYPES))}")
-    check_finite(where, value)
+        supported = ", ".join(map(str, SUPPORTED_DTYPES))
+        raise ValueError(f"{argument}: {name} is of {value.dtype}, expected one of {supported}")
+    if value.is_meta:
+        raise ValueError(f"{argument}: {name} is on the meta device, expected a tensor with values")
+    check_finite(f"{argument}: {name}", value)
     if value.dtype != dtype:
-        check_finite(f"{where} as {dtype}", value.to(dtype))
+        check_finite(f"{argument}: {name} in the model's {dtype}", value.to(dtype))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Put values that fit into the adapted layers of `model`."""
+    for name, layer in dual_lora_layers(model):
+        for tensor in _SAVED_TENSORS:
+            _put(layer, tensor, state[f"{name}.{tensor}"])
+
+
+def _put(layer: DualLoraLinear, name: str, value: torch.Tensor) -> None:
+    own: torch.Tensor = getattr(layer, name)
+    if not own.is_meta:
+        own.copy_(value)
+        return
+    device = "cpu" if layer.weight.is_meta else layer.weight.device
+    real = value.to(device, own.dtype, copy=True)
+    # Not setattr, which init_empty_weights makes move the values to the meta device again.
+    if name in layer._parameters:
+        layer._parameters[name] = nn.Parameter(real, requires_grad=own.requires_grad)
+    else:
+        layer._buffers[name] = real
+
+
+def _report_other_settings(model: nn.Module, configs: Mapping[str, DualLoraConfig]) -> None:
+    """Log where the settings of an adapted model compute something else than the saved ones."""
+    different = [
+        f"{name} has {field} {own!r}, saved was {saved!r}"
+        for name, layer in dual_lora_layers(model)
+        if name in configs
+        for field in ("alpha", "ste", "rounding", "clip_bound")
+        if (own := getattr(layer, field)) != (saved := getattr(configs[name], field))
+    ]
+    if different:
+        logger.warning("the model keeps settings that differ from the adapter's: %s …", different[0])

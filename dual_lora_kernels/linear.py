@@ -177,7 +177,7 @@ class DualLoraLinear(nn.Module):
             setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=weight.device)))
         layer.scale = torch.empty_like(layer.scale, device=weight.device)
         layer.reset_adapter_parameters()
-        for parameter in (weight, bias):
+        for parameter in (layer.weight, layer.bias):  # not `weight`: init_empty_weights has put another in its place
             if parameter is not None:
                 parameter.requires_grad_(False)
         return layer.train(linear.training)

@@ -61,7 +61,10 @@ def check_number(name: str, value: object, low: float = -_LARGEST_FLOAT, high: f
 
 def _shortened(value: object) -> str:
     """A number as text; integers may have any number of digits."""
-    text = f"{value:#x}" if isinstance(value, int) and abs(value) > _LARGEST_FLOAT else repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no decimal of more than 4300 digits
+        text = f"{value:#x}"
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
@@ -95,7 +98,7 @@ def check_hyperparameters(
 def check_estimator(ste: str, clip_bound: float) -> float:
     """Check the straight-through estimator's name and return the bound that ``"clip"`` clips to, as Python's number."""
     check_choice("ste", ste, STRAIGHT_THROUGH_ESTIMATORS)
-    return check_number("clip_bound", clip_bound, 0.0)
+    return check_number("clip_bound", clip_bound, 0.0, LARGEST_SCALE)
 
 
 def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +16,6 @@ from hypothesis import HealthCheck, settings
 
 from dual_lora_kernels import (
     available_backends,
-    save_dual_lora,
     set_strategy,
     set_workspace_bytes,
     strategy,
@@ -128,14 +126,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     set_strategy(request.param.strategy)
     yield request.param.name
     set_strategy(before)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A saved adapter of `models.llama`."""
-    from .adapters import adapted  # transformers takes seconds to import
-
-    return save_dual_lora(adapted(), tmp_path / "adapter")
 
 
 @pytest.fixture

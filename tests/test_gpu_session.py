@@ -116,10 +116,12 @@ def test_tuning_rewrites_one_family_of_the_table(tmp_path: Path) -> None:
     assert {family for family in before if before[family] != after[family]} == {INTERPRETED_FAMILY}
     tuned = after[INTERPRETED_FAMILY]
     for operation in ("forward", "input_gradient"):
-        assert [shape.up_to for shape in getattr(tuned, operation)] == [16, 64, 128, None]
+        entries = getattr(tuned, operation)
+        fallback = [None] if entries[3].whole_tiles else []  # for weights that end within a tile
+        assert [shape.up_to for shape in entries] == [16, 64, 128, None, *fallback]
     measured = [
-        *tuned.forward,
-        *tuned.input_gradient,
+        *tuned.forward[:4],
+        *tuned.input_gradient[:4],
         tuned.effective_weight,
         tuned.factor_gradients,
         tuned.token_product,

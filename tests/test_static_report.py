@@ -23,7 +23,7 @@ from benchmarks.disassembly import (
     parse_amdgcn,
     parse_sass,
 )
-from benchmarks.shipped_launches import FAMILIES, KERNELS, Case, dtype_name, shipped_cases
+from benchmarks.shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
 from benchmarks.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, load
 
@@ -238,10 +238,11 @@ def test_check_fails_on_a_bad_row_and_names_it(
 def test_check_accepts_clean_rows(clean_row: Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without_matrix_unit = dataclasses.replace(clean_row, matrix={}, needs_matrix=False)
     at_the_limit = dataclasses.replace(clean_row, shared_bytes=clean_row.shared_limit)
-    rows = [clean_row, without_matrix_unit, at_the_limit]
+    once_a_tile = dataclasses.replace(clean_row, masks="all", spills=200, stack_bytes=400)
+    rows = [clean_row, without_matrix_unit, at_the_limit, once_a_tile]
     _pretend_to_measure(monkeypatch, rows)
     static_report.main(["--check", "--out", str(tmp_path)])
-    assert len(json.loads((tmp_path / "static_report.json").read_text(encoding="utf-8"))["rows"]) == 3
+    assert len(json.loads((tmp_path / "static_report.json").read_text(encoding="utf-8"))["rows"]) == 4
 
 
 def _pretend_to_measure(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> None:
