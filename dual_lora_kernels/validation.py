@@ -13,8 +13,8 @@ from torch.nn.parameter import UninitializedParameter
 STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
 ROUNDINGS = ("dither", "nearest")
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LARGEST_SCALE = torch.finfo(torch.float32).max
-"""Of α/√(r1·r2) and of what else a layer keeps in fp32."""
+LARGEST_SCALE = torch.finfo(torch.float32).max / 2
+"""Of α/√(r1·r2) and of what else a layer keeps in fp32: twice it is finite, which the eager backend's signs need."""
 _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = sys.float_info.max
 
