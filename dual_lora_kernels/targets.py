@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -66,16 +65,18 @@ def find_targets(
 
 
 def _refuse_peft(model: nn.Module) -> None:
-    """PEFT's adapters are linear layers inside of those that they adapt; all would be taken for the model's own."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:
-        return  # a model that PEFT has adapted has imported it
-    for name, module in model.named_modules():
-        if isinstance(module, tuners.BaseTunerLayer):
-            raise ValueError(
-                f"model: got {type(model).__name__}, whose {name!r} PEFT has adapted ({type(module).__name__}), "
-                "expected one without other adapters: call merge_and_unload() or unload() first"
-            )
+    """PEFT's adapters and prompt encoders have linear layers, which would be taken for the model's own."""
+    found = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if any(base.__module__.startswith("peft.") for base in type(module).__mro__)
+    }
+    if found:
+        name = max(found, key=lambda name: name.count("."))  # its wrappers say less than an adapted layer
+        raise ValueError(
+            f"model: got {type(model).__name__}, whose {name!r} is PEFT's ({found[name]}), expected one without other "
+            "adapters: call merge_and_unload(), unload() or, for prompts, get_base_model() first"
+        )
 
 
 def _names_it(target: str, name: str) -> bool:
