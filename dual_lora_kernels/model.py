@@ -66,8 +66,10 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     """Replace every `DualLoraLinear` in place by a plain layer with the merged weight, and return `model`.
 
     The plain layer is an ``nn.Linear``, or transformers' Conv1D where that was adapted, so the state has the names and
-    shapes of the original model's. Weights are merged in their own storage, block by block; a weight tied to another
-    module is copied first. Gradients stay off for the merged weights as they were.
+    shapes of the original model's. Weights are merged in their own storage, block by block; one that shares memory with
+    another tensor of the model is copied first, so no other tensor changes. Layers that are merged already keep their
+    merged weights, and what shares their memory gets its own values back. Gradients stay off for the merged weights as
+    they were.
 
     Raises:
         ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
@@ -84,21 +86,25 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
     tied = shared_weights(model)
+    # All are copied before the first is merged or unmerged, which may change another's.
+    weights = [_copied(layer.weight) if id(layer.weight) in tied else layer.weight for _, layer in layers]
     plain = {}
-    for _, layer in layers:
-        if id(layer.weight) in tied:
-            if layer.merged:
-                layer.unmerge()
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
-        plain[id(layer)] = _plain(layer)
+    for (_, layer), weight in zip(layers, weights, strict=True):
+        if not layer.merged:
+            layer._merge_into(weight.detach().t() if layer.transposed else weight.detach())
+        elif weight is not layer.weight:
+            layer.unmerge()
+        plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
     return model
 
 
-def _plain(layer: DualLoraLinear) -> nn.Module:
-    """A plain layer around `layer`'s own weight, which is merged if it was not."""
-    if not layer.merged:
-        layer._merge_into(layer._oriented_weight().detach())
+def _copied(weight: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _plain(layer: DualLoraLinear, weight: nn.Parameter) -> nn.Module:
+    """A plain layer of `layer`'s kind with the weight, in the orientation of `layer`'s, and `layer`'s bias."""
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D  # the layer came from there
 
@@ -106,7 +112,7 @@ def _plain(layer: DualLoraLinear) -> nn.Module:
             plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    plain.register_parameter("weight", layer.weight)
+    plain.register_parameter("weight", weight)
     plain.register_parameter("bias", layer.bias)
     return plain.train(layer.training)
 

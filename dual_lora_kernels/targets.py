@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import ALL_LINEAR
 from .linear import is_transposed, why_not_adaptable
+from .validation import overlaps_itself
 
 _MOST_NAMED = 12
 """How many candidates an error message lists."""
@@ -85,10 +87,10 @@ def _names_it(target: str, name: str) -> bool:
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of parameters that more than one module of `model` owns, or whose memory another tensor of it shares.
+    """Identities of parameters that more than one module of `model` owns, or whose memory is not an element's alone.
 
     Tied weights are one parameter at first; ``load_state_dict(assign=True)`` makes two views of one storage of them.
-    Views that interleave without an element in common count as shared too.
+    Views that interleave without an element in common count as shared too, and so do tensors that overlap themselves.
     """
     tensors = [
         tensor
@@ -97,7 +99,9 @@ def shared_weights(model: nn.Module) -> set[int]:
         if tensor is not None
     ]
     shared = {identity for identity, count in Counter(map(id, tensors)).items() if count > 1}
-    ranges = sorted((*span, id(tensor)) for tensor in {id(t): t for t in tensors}.values() if (span := _memory(tensor)))
+    addressed = {id(tensor): tensor for tensor in tensors if _is_addressed(tensor)}
+    shared |= {identity for identity, tensor in addressed.items() if overlaps_itself(tensor)}
+    ranges = sorted((*_memory(tensor), identity) for identity, tensor in addressed.items())
     for index, (device, _, end, identity) in enumerate(ranges):
         for other_device, other_start, _, other in ranges[index + 1 :]:
             if other_device != device or other_start >= end:
@@ -106,12 +110,15 @@ def shared_weights(model: nn.Module) -> set[int]:
     return shared
 
 
-def _memory(tensor: torch.Tensor) -> tuple[str, int, int] | None:
-    """(device, first byte, end) of a tensor's elements; None without memory that can be looked up."""
-    if tensor.is_meta or type(tensor.data) is not torch.Tensor or tensor.layout != torch.strided:
-        return None
-    if not tensor.numel():
-        return None
+def _is_addressed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has elements at addresses that can be looked up."""
+    if is_lazy(tensor) or tensor.is_meta or type(tensor.data) is not torch.Tensor:
+        return False
+    return tensor.layout == torch.strided and tensor.numel() > 0
+
+
+def _memory(tensor: torch.Tensor) -> tuple[str, int, int]:
+    """(device, first byte, end) of a tensor's elements."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return str(tensor.device), start, start + (last + 1) * tensor.itemsize

@@ -153,6 +153,20 @@ def check_weight(weight: torch.Tensor, A: torch.Tensor, in_features: int, out_fe
         raise ValueError(f"weight.device: got {weight.device}, expected {A.device}, where A is")
 
 
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether elements of a dense tensor may share memory, as those of expanded ones and of sliding windows do.
+
+    True also for the rare strides that only interleave.
+    """
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def as_scale_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the update's scale s as a 0-dim tensor on the factors' device.
 
