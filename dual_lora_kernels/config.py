@@ -47,6 +47,10 @@ class DualLoraConfig:
         options = self.layer_options()
         adapter_dtype = options.pop("adapter_dtype")
         check_hyperparameters(**options)
+        for name in ("r1", "r2"):
+            object.__setattr__(self, name, int(options[name]))
+        for name in ("alpha", "dropout", "init_std", "clip_bound"):
+            object.__setattr__(self, name, float(options[name]))
         if adapter_dtype is not None:
             check_dtype("adapter_dtype", adapter_dtype)
         targets = self.target_modules

@@ -23,6 +23,7 @@ from .validation import (
     check_hyperparameters,
     check_number,
     check_positive_int,
+    check_tensor,
 )
 
 FACTOR_NAMES = ("A", "B", "C", "D")
@@ -163,8 +164,8 @@ class DualLoraLinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_positive_int("in_features", in_features)
-        check_positive_int("out_features", out_features)
+        in_features = check_positive_int("in_features", in_features)
+        out_features = check_positive_int("out_features", out_features)
         dtype = dtype or torch.get_default_dtype()
         check_dtype("dtype", dtype)
         if adapter_dtype is None:
@@ -247,6 +248,7 @@ class DualLoraLinear(nn.Module):
 
     def _base_linear(self, input: torch.Tensor) -> torch.Tensor:
         """x W0ᵀ + b without the update."""
+        check_tensor("input", input)
         dtype = compute_dtype(input)
         if self.weight.dtype == dtype:
             bias = None if self.bias is None else self.bias.to(dtype)

@@ -27,8 +27,7 @@ def set_workspace_bytes(count: int) -> None:
     larger.
     """
     global _workspace_bytes
-    check_positive_int("count", count)
-    _workspace_bytes = count
+    _workspace_bytes = check_positive_int("count", count)
 
 
 def workspace_bytes() -> int:

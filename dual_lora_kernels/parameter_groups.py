@@ -28,10 +28,9 @@ def dual_lora_parameter_groups(
     Raises:
         ValueError: a rate is negative or not finite, or the model has no Dual LoRA layers.
     """
-    check_number("lr", lr, 0.0)
-    check_number("weight_decay", weight_decay, 0.0)
-    if direction_lr is not None:
-        check_number("direction_lr", direction_lr, 0.0)
+    lr = check_number("lr", lr, 0.0)
+    weight_decay = check_number("weight_decay", weight_decay, 0.0)
+    direction_lr = lr if direction_lr is None else check_number("direction_lr", direction_lr, 0.0)
     layers = [layer for _, layer in dual_lora_layers(model)]
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
@@ -41,7 +40,7 @@ def dual_lora_parameter_groups(
     other = [p for p in model.parameters() if id(p) not in grouped]
     groups = (
         ("magnitude", magnitude, lr, 0.0),
-        ("direction", direction, lr if direction_lr is None else direction_lr, 0.0),
+        ("direction", direction, direction_lr, 0.0),
         ("other", other, lr, weight_decay),
     )
     return [

@@ -36,12 +36,16 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
-def check_positive_int(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
+def check_positive_int(name: str, value: object) -> int:
+    """Return an integer, NumPy's included, as Python's.
+
+    Raises TypeError unless `value` is an integer, ValueError unless it is at least 1 and below 2³¹.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a positive integer")
     if not 1 <= int(value) <= _LARGEST_INT:
         raise ValueError(f"{name}: got {_shortened(value)}, expected a positive integer of at most {_LARGEST_INT}")
+    return int(value)
 
 
 def check_number(name: str, value: object, low: float = -_LARGEST_FLOAT, high: float = _LARGEST_FLOAT) -> float:
@@ -51,12 +55,19 @@ def check_number(name: str, value: object, low: float = -_LARGEST_FLOAT, high: f
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a number")
-    number = value if isinstance(value, (int, float)) else float(value)
+    number = value if isinstance(value, int) or type(value) is float else _as_float(value)
     # Comparisons rather than math.isfinite, which torch.compile cannot trace for a dynamic float.
     if not low <= number <= high:
         bounds = "" if (low, high) == (-_LARGEST_FLOAT, _LARGEST_FLOAT) else f" in [{low:g}, {high:g}]"
         raise ValueError(f"{name}: got {_shortened(value)}, expected a finite number{bounds}")
     return number
+
+
+def _as_float(value: float | Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a fraction's
+        return math.inf
 
 
 def _shortened(value: object) -> str:
@@ -177,6 +188,7 @@ def as_scale_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Te
         dtype = torch.promote_types(like.dtype, torch.float32)
         limit = _LARGEST_FLOAT if dtype == torch.float64 else LARGEST_SCALE
         return torch.full((), check_number("scale", scale, -limit, limit), dtype=dtype, device=like.device)
+    check_tensor("scale", scale)
     if scale.dim() != 0:
         raise ValueError(f"scale: got a tensor of shape {tuple(scale.shape)}, expected a 0-dim tensor or a number")
     if scale.dtype not in (torch.float32, torch.float64):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import nn
 
 from .linear import dual_lora_layers
@@ -24,11 +26,10 @@ class DualLoraWarmup:
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        check_positive_int("steps", steps)
+        self.steps = check_positive_int("steps", steps)
         self._layers = [layer for _, layer in dual_lora_layers(model)]
         if not self._layers:
             raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
-        self.steps = steps
         self.set_step(0)
 
     @property
@@ -44,7 +45,7 @@ class DualLoraWarmup:
         """Set the scales for optimiser step `step`, counted from 0 (to resume a run, say)."""
         if step < 0:
             raise ValueError(f"step: got {step}, expected 0 or more")
-        self._step = step
+        self._step = operator.index(step)
         for layer in self._layers:
             layer.set_scale(layer.full_scale * self.factor)
 

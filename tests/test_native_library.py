@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,28 @@ def test_a_truncated_library_is_not_loaded(package: Path, share: float) -> None:
     reason = native.NativeBackend().unavailable()
     assert reason is not None
     assert "library is damaged" in reason or "cannot be loaded" in reason
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_a_library_that_ends_in_zeros_is_not_loaded(package: Path, share: float) -> None:
+    """A file of the right length that a power cut kept from being written; loading it is a segmentation fault."""
+    data = LIBRARY.read_bytes()
+    start = int(share * len(data))
+    (package / LIBRARY.name).write_bytes(data[:start] + bytes(len(data) - start))
+    assert "library is damaged" in str(native.NativeBackend().unavailable())
+
+
+def test_a_library_that_cannot_be_read_is_no_traceback(package: Path) -> None:
+    (package / LIBRARY.name).mkdir()
+    assert "library cannot be loaded" in str(native.NativeBackend().unavailable())
+
+
+def test_another_library_is_no_traceback(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another version, say, whose operators have other names."""
+    shutil.copy(LIBRARY, package)
+    monkeypatch.setattr("torch.ops.load_library", lambda _: None)  # twice in a process is one too many
+    monkeypatch.setattr(native, "_ops", SimpleNamespace)
+    assert "library is another version's" in str(native.NativeBackend().unavailable())
 
 
 def test_a_whole_library_is_loaded(package: Path) -> None:

@@ -19,6 +19,7 @@ from .base import PANEL_UNIT, FactorGradients, Factors
 _PACKAGE = Path(__file__).parents[1]
 _FEW_TOKENS = 64
 """Tokens up to which W is multiplied in cache, row by row, instead of panel by panel (docs/decisions.md)."""
+_OPERATORS = ("cpu_capability", "cpu_effective_weight", "cpu_factor_gradients", "cpu_few_tokens")
 _ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
 """Numbers as in csrc/job.h."""
 
@@ -138,12 +139,14 @@ def _load_failure() -> str | None:
     library = _PACKAGE / "_native.abi3.so"
     if not library.exists():
         return f"its C++ library is not in this installation ({_build_outcome()}); see README, Install"
-    if not _is_whole(library):
-        return "its C++ library is damaged (cut short); install the package again"
     try:
+        if not _is_whole(library):
+            return "its C++ library is damaged (cut short); install the package again"
         torch.ops.load_library(library)
     except OSError as error:
         return f"its C++ library cannot be loaded ({error}); reinstall the package against this PyTorch"
+    if not all(hasattr(_ops(), name) for name in _OPERATORS):
+        return "its C++ library is another version's; install the package again"
     return None
 
 
@@ -158,16 +161,18 @@ def _build_outcome() -> str:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a 64-bit ELF file reaches to the end of its section headers, which linkers put last; true for others.
+    """Whether a 64-bit ELF file has its section headers, which linkers put last; true for files of other formats.
 
-    Loading a file that was cut short ends the process with a bus error, not with an exception.
+    Loading a file that was cut short, or that ends in zeros after a power cut, ends the process with a signal.
     """
     with library.open("rb") as file:
         header = file.read(64)
-    if header[:5] != b"\x7fELF\x02" or len(header) < 64:
-        return header[:4] != b"\x7fELF"
-    offset, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
-    return library.stat().st_size >= offset + size * count
+        if header[:5] != b"\x7fELF\x02" or len(header) < 64:
+            return header[:4] != b"\x7fELF" and any(header)
+        offset, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+        file.seek(offset)
+        sections = file.read(size * count)
+    return len(sections) == size * count and any(sections[-size:])
 
 
 def _ops() -> Any:
