@@ -123,5 +123,5 @@ def naive_gradients(problem: Problem) -> list[torch.Tensor]:
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     """‖value − truth‖ / ‖truth‖, in fp64; absolute where the truth is zero."""
     truth = truth.double()
-    norm = float(truth.norm())
-    return float((value.double() - truth).norm()) / (norm or 1.0)
+    norm = float(truth.detach().norm())
+    return float((value.double() - truth).detach().norm()) / (norm or 1.0)
