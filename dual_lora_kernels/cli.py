@@ -51,10 +51,21 @@ def _check(facts: doctor.Facts, stream: TextIO) -> list[self_check.Outcome]:
     """Make the checks, a line each on `stream` as they come."""
     print(file=stream)
     devices = [device.device for device in facts.devices]
-    outcomes = self_check.run(devices, lambda outcome: print(outcome, file=stream, flush=True))
+
+    def report(outcome: self_check.Outcome) -> None:
+        _progress("")
+        print(outcome, file=stream, flush=True)
+
+    outcomes = self_check.run(devices, report, lambda check: _progress(f"checking {check} …"))
     verdicts = [outcome.passed for outcome in outcomes]
     print(f"\n{verdicts.count(True)} passed, {verdicts.count(False)} failed", file=stream, flush=True)
     return outcomes
+
+
+def _progress(text: str) -> None:
+    """Show `text` on the last line of the terminal, in place of what was there; nothing where there is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 _SUBCOMMANDS: tuple[Callable[[_Subparsers], None], ...] = (_add_doctor,)

@@ -25,6 +25,8 @@ _LAYERS = {
 """Compute dtype and factors' dtype of the layers to ask about."""
 _VARIABLES = ("DUAL_LORA_CPU_CAPABILITY", "TRITON_INTERPRET")
 """Environment variables that change what runs."""
+_FOLDERS = re.compile(r"(?<![\w.:/\\])(?:/|[A-Za-z]:\\)(?:[^\s/\\'\"]+[/\\])+")
+"""The folders of an absolute path; not those of an address on the web."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,16 @@ def render(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def without_folders(text: str) -> str:
+    """`text` with the folders of absolute paths left out: they name users, and the text may be published."""
+    return _FOLDERS.sub("…/", text)
+
+
+def in_words(error: Exception) -> str:
+    """An exception's type and the first line of its message, without folders."""
+    return f"{type(error).__name__}: {without_folders(str(error).strip().partition(chr(10))[0])}"
+
+
 def processor() -> str:
     """The processor's name; on Linux from /proc, since `platform` knows only the architecture there."""
     if _CPU_INFO.exists():
@@ -129,19 +141,29 @@ def _devices() -> Iterator[tuple[str, str]]:
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
         if module.is_available():
             for index in range(module.device_count()):
-                yield f"{kind}:{index}", module.get_device_name(index)
+                try:
+                    name = module.get_device_name(index)
+                except Exception as error:  # a driver that fails, say
+                    name = in_words(error)
+                yield f"{kind}:{index}", name
     if torch.backends.mps.is_available():
         yield "mps", processor()
 
 
 def _layers(device: torch.device) -> list[Layers]:
     alike: dict[tuple[tuple[Backend, str | None], ...], list[str]] = {}
+    unknown: dict[str, list[str]] = {}
     for dtype, (compute_dtype, factor_dtype) in _LAYERS.items():
         if dtype == "fp64" and device.type == "mps":
             continue  # PyTorch has no such tensors there
-        outcome = tuple(candidates("auto", device, compute_dtype, factor_dtype))
-        alike.setdefault(outcome, []).append(dtype)
-    return [_outcome(dtypes, dict(outcome)) for outcome, dtypes in alike.items()]
+        try:
+            outcome = tuple(candidates("auto", device, compute_dtype, factor_dtype))
+        except Exception as error:  # a driver that fails, say
+            unknown.setdefault(in_words(error), []).append(dtype)
+        else:
+            alike.setdefault(outcome, []).append(dtype)
+    known = [_outcome(dtypes, dict(outcome)) for outcome, dtypes in alike.items()]
+    return known + [Layers(dtypes, None, None, failure, {}) for failure, dtypes in unknown.items()]
 
 
 def _outcome(dtypes: list[str], reasons: dict[Backend, str | None]) -> Layers:
@@ -159,7 +181,7 @@ def _outcome(dtypes: list[str], reasons: dict[Backend, str | None]) -> Layers:
         backend=None if chosen is None else chosen.name,
         description=description,
         failure=failure,
-        reasons={backend.name: reason for backend, reason in reasons.items()},
+        reasons={backend.name: reason and without_folders(reason) for backend, reason in reasons.items()},
     )
 
 

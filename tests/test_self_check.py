@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from dual_lora_kernels import backends, cli, self_check, strategy, workspace_bytes
+from dual_lora_kernels import backends, cli, panels, self_check, strategy, workspace_bytes
+from dual_lora_kernels.backends import FactorGradients
 from dual_lora_kernels.backends.eager import EagerBackend
-from dual_lora_kernels.self_check import Outcome
+from dual_lora_kernels.self_check import Outcome, checks
 from dual_lora_kernels.self_check.checks import CHECKS
 
 NAMES = [check.name for check in CHECKS]
@@ -21,7 +24,7 @@ NAMES = [check.name for check in CHECKS]
 def _only_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small sizes, on CPUs, and the settings as before in the end."""
     run = self_check.run
-    monkeypatch.setattr(self_check, "run", lambda _, report: run(["cpu"], report, small=True))
+    monkeypatch.setattr(self_check, "run", lambda _, *reports: run(["cpu"], *reports, small=True))
     before = strategy(), workspace_bytes(), torch.get_num_threads()
     yield
     assert (strategy(), workspace_bytes(), torch.get_num_threads()) == before
@@ -73,6 +76,60 @@ class Raising(Faulty):
         raise RuntimeError("no such instruction\nin many words")
 
 
+class NotANumber(Faulty):
+    """Gradients of bf16 layers, and no others, are NaN."""
+
+    def factor_gradients(self, h: torch.Tensor, factors: Any, *rest: Any) -> None:
+        super().factor_gradients(h, factors, *rest)
+        gradients, compute_dtype = rest[4:6]
+        if compute_dtype == torch.bfloat16 and gradients.wanted:
+            gradients.A.fill_(math.nan)
+
+
+class WrongInDefaultLayers(Faulty):
+    """Gradients are wrong in a bf16 layer with fp32 factors, and in no other."""
+
+    def factor_gradients(self, h: torch.Tensor, factors: Any, *rest: Any) -> None:
+        super().factor_gradients(h, factors, *rest)
+        gradients, compute_dtype = rest[4:6]
+        if compute_dtype == torch.bfloat16 and factors.A.dtype == torch.float32 and gradients.wanted:
+            gradients.A.mul_(-3)
+
+
+class FusedFewTokens:
+    """A kernel of its own for the forward pass of a few tokens, as the native backend has, that is an ulp off."""
+
+    def serves(self, operation: str, *rest: Any) -> str | None:
+        return None if operation == "forward" else "only its forward pass has a kernel of its own"
+
+    def preferred(self, operation: str, input: torch.Tensor) -> bool:
+        return input.shape[0] <= 8
+
+    def weight_product(self, operation: str, input: torch.Tensor, weight: Any, factors: Any, bias: Any, *_: Any) -> Any:
+        y = panels.forward(input, weight, factors, bias, "dither", EagerBackend())
+        return y if input.dtype == torch.bfloat16 else y.nextafter(torch.full_like(y, math.inf))
+
+
+class WrongFewTokens(Faulty):
+    fused = FusedFewTokens()
+
+
+class FusedTokenProduct(FusedFewTokens):
+    """A kernel for the factors' gradients alone, which adds them the wrong way round."""
+
+    def serves(self, operation: str, *rest: Any) -> str | None:
+        return None if operation == "token_product" else "only its gradients have a kernel of their own"
+
+    def token_product(
+        self, grad: Any, x: Any, factors: Any, ste: str, bound: float, gradients: FactorGradients, *_: Any
+    ) -> None:
+        panels.parameter_gradients(-grad, x, factors, ste, bound, gradients, None, EagerBackend())
+
+
+class WrongFusedGradients(Faulty):
+    fused = FusedTokenProduct()
+
+
 FAULTS: list[tuple[type[Faulty], set[str]]] = [
     (Faulty, set()),
     (BlockDependent, {"W across blocks", "forward, ∂X and merge"}),
@@ -80,6 +137,10 @@ FAULTS: list[tuple[type[Faulty], set[str]]] = [
     (OtherSign, {"exact arithmetic", "error against fp64"}),
     (Imprecise, {"error against fp64"}),
     (ThreadDependent, {"thread counts"}),
+    (NotANumber, {"error against fp64"}),
+    (WrongInDefaultLayers, {"error against fp64"}),
+    (WrongFewTokens, {"forward, ∂X and merge", "exact arithmetic"}),
+    (WrongFusedGradients, {"exact arithmetic", "error against fp64"}),
     (Raising, {"exact arithmetic", "error against fp64", "thread counts", "step's time"}),
 ]
 
@@ -103,6 +164,64 @@ def test_an_exception_is_a_failure_in_its_words(
     out = capsys.readouterr().out
     assert "step's time: RuntimeError: no such instruction\n" in out
     assert "2 passed, 4 failed" in out
+
+
+class Unreadable(Faulty):
+    def supports(self, *_: Any) -> str | None:
+        raise OSError("cannot open /home/alice/cache/driver.so, see https://example.org/help/page")
+
+
+def test_a_backend_that_cannot_be_asked_is_a_failure_without_paths(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "_BACKENDS", {"native": Unreadable()})
+    assert cli.main(["doctor", "--check"]) == 1
+    words = "OSError: cannot open …/driver.so, see https://example.org/help/page"
+    out = capsys.readouterr().out
+    assert f"fp64 layers cannot run: {words}\n" in out
+    assert f"FAIL  cpu     -       backends: {words}\n" in out
+    assert "0 passed, 1 failed" in out
+
+
+def test_a_device_without_a_name_is_listed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: int) -> str:
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_name", fail)
+    cli.main(["doctor"])
+    assert "xpu:0: RuntimeError: the driver is gone\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0, -1.0])
+def test_an_absurd_time_is_a_failure(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_seconds", lambda *_: seconds)
+    passed, figure = checks.speed(checks.Subject("cpu", "eager", small=True))
+    assert passed is False
+    assert str(seconds) in figure
+
+
+def test_times_are_taken_on_the_device_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited_for.append)
+    checks._seconds(checks.Subject("cuda:1", "eager", small=True), lambda: None)
+    assert waited_for == [torch.device("cuda:1")] * 2
+
+
+def test_a_terminal_shows_what_is_being_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backends, "_BACKENDS", {"native": Faulty()})
+    cli.main(["doctor", "--check"])
+    assert "checking" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.main(["doctor", "--check"])
+    err = capsys.readouterr().err
+    assert all(f"checking {name} (cpu, native)" in err for name in NAMES)
+    assert err.endswith("\r\033[K")
 
 
 def test_every_backend_of_this_machine_passes(capsys: pytest.CaptureFixture[str]) -> None:

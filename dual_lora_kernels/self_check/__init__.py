@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..backends import candidates
+from ..doctor import in_words
 from ..panels import set_workspace_bytes, workspace_bytes
 from ..passes import set_strategy, strategy
 from .checks import CHECKS, Check, Subject
@@ -36,20 +37,33 @@ class Outcome:
         return f"{verdict:4}  {self.device:6}  {self.backend:6}  {self.check}: {self.figure}"
 
 
-def run(devices: list[str], report: Callable[[Outcome], None], small: bool = False) -> list[Outcome]:
-    """Check every backend that ``"auto"`` could choose on each device; `report` gets each outcome at once.
+def run(
+    devices: list[str], report: Callable[[Outcome], None], begin: Callable[[str], None], small: bool = False
+) -> list[Outcome]:
+    """Check every backend that ``"auto"`` could choose on each device.
 
-    A check that raises has failed, with the exception's words. Threads, strategy and workspace are as before in the
-    end. `small` takes smaller sizes, for tests.
+    `begin` is told what each check is before it starts, `report` gets its outcome at once. A check that raises has
+    failed, with the exception's words. Threads, strategy and workspace are as before in the end. `small` takes smaller
+    sizes, for tests.
     """
-    outcomes = []
+    outcomes: list[Outcome] = []
+
+    def add(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        report(outcome)
+
     for device in devices:
-        for backend in _backends(device):
+        try:
+            backends = _backends(device)
+        except Exception as error:  # a driver that fails, say
+            add(Outcome(device, "-", "backends", False, in_words(error)))
+            continue
+        for backend in backends:
             for check in CHECKS:
+                begin(f"{check.name} ({device}, {backend})")
                 with _settings_kept():
                     outcome = _outcome(check, Subject(device, backend, small))
-                outcomes.append(outcome)
-                report(outcome)
+                add(outcome)
     return outcomes
 
 
@@ -61,8 +75,7 @@ def _outcome(check: Check, subject: Subject) -> Outcome:
     try:
         passed, figure = check.function(subject)
     except Exception as error:  # whatever a machine that nobody here has comes up with
-        first_line = str(error).strip().partition("\n")[0]
-        passed, figure = False, f"{type(error).__name__}: {first_line}"
+        passed, figure = False, in_words(error)
     return Outcome(subject.device, subject.backend, check.name, passed, figure)
 
 

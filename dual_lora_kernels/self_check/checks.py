@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -25,8 +27,25 @@ Two correct implementations in one dtype differ in the order of their sums and i
 seen across processors; TF32 instead of fp32, or sums in bf16, multiply an error by hundreds.
 """
 _RANKS = (4, 16, 64, 100)
+_RANK = 16
+"""The layer's default."""
 _ROUNDS = 7
 _WORKSPACES = (1 << 25, 1 << 18, 1)
+_FEW_TOKENS = (1, 16, 64)
+"""As in decoding, which has kernels of its own."""
+_LAYERS = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+)
+"""Compute and factors' dtypes of the layers whose errors are measured, the default one last."""
+_STEP = ("x", "A", "B", "C", "D")
+_WANTED = {"step": _STEP, "input alone": ("x",), "factors alone": _STEP[1:], "weight and bias": ("weight", "bias")}
+"""Gradients that are wanted together, which may run other kernels than each by itself."""
+
+_QUANTITIES = ("output", *reference.Gradients._fields)
+
+_Result = TypeVar("_Result")
 
 Verdict = tuple[bool | None, str]
 
@@ -41,6 +60,10 @@ class Subject(NamedTuple):
     def dtypes(self) -> list[torch.dtype]:
         """The compute dtypes that the device has."""
         return [torch.float32, torch.bfloat16, *([] if self.device.startswith("mps") else [torch.float64])]
+
+    def thorough(self, problem: Problem) -> bool:
+        """Whether time allows all shapes: Triton compiles a kernel for each, so only default layers meet them all."""
+        return self.backend != "triton" or (problem.A.shape[0] == _RANK and problem.x.dtype != torch.float64)
 
     def resolve(self, problem: Problem) -> Backend:
         return resolve_backend(self.backend, problem.x.device, problem.x.dtype, problem.A.dtype)
@@ -61,8 +84,9 @@ def blocks(subject: Subject) -> Verdict:
         for rank in _RANKS:
             problem = gaussian(1, size, size + 7, rank, rank, dtype=dtype, device=subject.device)
             whole = _weight(subject, problem, 0, size, 0, size + 7)
-            for top, bottom, left, right in _blocks(size):
-                block = _weight(subject, problem, top, bottom, left, right)
+            for index, (top, bottom, left, right) in enumerate(_blocks(size, subject.thorough(problem))):
+                workspace = _WORKSPACES[index % len(_WORKSPACES)]
+                block = _weight(subject, problem, top, bottom, left, right, workspace)
                 differing += _differing(block, whole[top:bottom, left:right])
                 total += block.numel()
     return differing == 0, f"{_share(differing, total)} elements have other bits in a block"
@@ -76,9 +100,9 @@ def passes(subject: Subject) -> Verdict:
         for rank in _RANKS[:2]:
             problem = gaussian(1, n, k, rank, rank, dtype=dtype, device=subject.device)
             merged = dual_lora_merge_(problem.weight.clone(), *problem.factors, backend=subject.backend)
-            for weight in _weights_used(subject, problem):
-                differing += int((weight != merged).sum())
-                total += merged.numel()
+            for used, part in _weights_used(subject, problem, merged):
+                differing += int((used != part).sum())
+                total += part.numel()
     return differing == 0, f"{_share(differing, total)} weights used differ from the merged ones"
 
 
@@ -87,13 +111,11 @@ def specification(subject: Subject) -> Verdict:
     wrong: list[str] = []
     for ste in ("clip", "dorefa", "xnor"):
         problem = exact(7, 90, 70, 6, 5, seed=3)
-        expected = autograd_gradients(problem, ste=ste)
-        computed = _gradients(subject, problem.to(subject.device), ste)
-        names = ("output", *reference.Gradients._fields)
+        expected = dict(zip(_QUANTITIES, autograd_gradients(problem, ste=ste), strict=True))
         wrong += [
-            f"{name} ({ste})"
-            for name, own, truth in zip(names, computed, expected, strict=True)
-            if not torch.equal(own.cpu(), truth)
+            f"{quantity} ({way}, {ste})"
+            for quantity, way, own in _results(subject, problem.to(subject.device), ste)
+            if not torch.equal(own.cpu(), expected[quantity])
         ]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = exact(1, 90, 70, 6, 5, dtype=dtype)
@@ -105,23 +127,21 @@ def specification(subject: Subject) -> Verdict:
 
 def errors(subject: Subject) -> Verdict:
     """Errors against fp64, at most twice the naive implementation's in the same dtype."""
-    largest = (0.0, "")
-    for dtype in subject.dtypes()[:2]:
-        squares: dict[str, list[float]] = {}
+    squares: dict[str, list[float]] = {}
+    for dtype, factor_dtype in _LAYERS:
+        layer = _name(dtype) if factor_dtype == dtype else f"{_name(dtype)} with {_name(factor_dtype)} factors"
         for seed in range(2 if subject.small else 8):
-            problem = gaussian(64, 130, 120, 16, 16, dtype=dtype, factor_dtype=dtype, seed=seed)
-            truths = autograd_gradients(problem.to(torch.float64))
+            problem = gaussian(64, 130, 120, _RANK, _RANK, dtype=dtype, factor_dtype=factor_dtype, seed=seed)
+            truths = dict(zip(_QUANTITIES, autograd_gradients(problem.to(torch.float64)), strict=True))
             local = problem.to(subject.device)
-            names = ("output", *reference.Gradients._fields)
-            for name, *values, truth in zip(
-                names, _gradients(subject, local), naive_gradients(local), truths, strict=True
-            ):
-                sums = squares.setdefault(name, [0.0, 0.0])
-                for index, value in enumerate(values):
-                    sums[index] += (value.cpu().double() - truth).square().sum().item()
-        ratios = ((own / naive) ** 0.5 if own else 0.0 for own, naive in squares.values())
-        largest = max(largest, *zip(ratios, (f"{name}, {_name(dtype)}" for name in squares), strict=True))
-    ratio, where = largest
+            naive = dict(zip(_QUANTITIES, naive_gradients(local.to(dtype)), strict=True))
+            for quantity, way, own in _results(subject, local):
+                sums = squares.setdefault(f"{quantity}, {layer}, {way}", [0.0, 0.0])
+                for index, value in enumerate((own, naive[quantity])):
+                    sums[index] += (value.cpu().double() - truths[quantity]).square().sum().item()
+    ratios = {where: _ratio(*sums) ** 0.5 for where, sums in squares.items()}
+    # A NaN compares false with every number, so it would never be the largest.
+    where, ratio = max(ratios.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
     return (
         ratio <= NAIVE_ERRORS,
         f"at most {ratio:.2f} × the naive implementation's ({where}), {NAIVE_ERRORS:g} allowed",
@@ -135,7 +155,7 @@ def threads(subject: Subject) -> Verdict:
     size = 200 if subject.small else 700
     differing = total = 0
     for dtype in subject.dtypes():
-        problem = gaussian(1, size, size, 16, 16, dtype=dtype)
+        problem = gaussian(1, size, size, _RANK, _RANK, dtype=dtype)
         wide = torch.promote_types(problem.A.dtype, torch.float32)
         h = torch.randn(size, size, dtype=wide, generator=torch.Generator().manual_seed(0))
         results = []
@@ -143,8 +163,7 @@ def threads(subject: Subject) -> Verdict:
             torch.set_num_threads(count)
             sums = FactorGradients(*(torch.zeros_like(factor, dtype=wide) for factor in problem.factors[:4]))
             backend = subject.resolve(problem)
-            if subject.backend == "native":
-                backend.factor_gradients(h.clone(), problem.factors, 0, 0, "clip", 1.0, sums, dtype, _WORKSPACES[0])
+            backend.factor_gradients(h.clone(), problem.factors, 0, 0, "clip", 1.0, sums, dtype, _WORKSPACES[0])
             kept = [t for t in sums if t is not None]
             results.append([_weight(subject, problem, 0, size, 0, size), *kept])
         for other in results[1:]:
@@ -159,11 +178,15 @@ def speed(subject: Subject) -> Verdict:
     size, tokens = (128, 32) if subject.small else (1024, 256) if subject.device == "cpu" else (4096, 4096)
     figures = []
     for dtype in subject.dtypes()[:2]:
-        problem = gaussian(tokens, size, size, 16, 16, dtype=dtype, device=subject.device)
+        problem = gaussian(tokens, size, size, _RANK, _RANK, dtype=dtype, device=subject.device)
+        leaf = _requiring_grad(problem, _STEP)
         step, floor = [], []
         for _ in range(_ROUNDS):
             floor.append(_seconds(subject, functools.partial(_products, problem)))
-            step.append(_seconds(subject, functools.partial(_step, subject, problem)))
+            step.append(_seconds(subject, functools.partial(_step, subject, leaf)))
+        absurd = [seconds for seconds in (*step, *floor) if not 0 < seconds < math.inf]
+        if absurd:
+            return False, f"{_name(dtype)} took {absurd[0]} s, expected more than 0 and a finite number"
         ratio = statistics.median(own / other for own, other in zip(step[2:], floor[2:], strict=True))
         figures.append(f"{_name(dtype)} {ratio:.2f} ({1e3 * statistics.median(step[2:]):.1f} ms)")
     return None, f"{', '.join(figures)} × the three products; {size}², {tokens} tokens"
@@ -180,9 +203,13 @@ CHECKS = (
 """In the order in which they run."""
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(size: int, thorough: bool) -> Iterator[tuple[int, int, int, int]]:
     """(first row, end of rows, first column, end of columns) in a weight of `size` × `size` + 7."""
     last = size + 7
+    yield 3, 10, 5, 16
+    yield size // 4, size // 2 + 3, size // 5, size - 1
+    if not thorough:
+        return
     for line in (0, size // 3, size - 1):
         yield line, line + 1, 0, last
         yield 0, size, line, line + 1
@@ -190,53 +217,99 @@ def _blocks(size: int) -> Iterator[tuple[int, int, int, int]]:
         for start in range(0, size, width):
             yield start, min(start + width, size), 0, last
             yield 0, size, start, min(start + width, last)
-    yield 3, 10, 5, 16
-    yield size // 4, size // 2 + 3, size // 5, size - 1
 
 
-def _weight(subject: Subject, problem: Problem, top: int, bottom: int, left: int, right: int) -> torch.Tensor:
+def _weight(
+    subject: Subject,
+    problem: Problem,
+    top: int,
+    bottom: int,
+    left: int,
+    right: int,
+    workspace: int = _WORKSPACES[0],
+) -> torch.Tensor:
     """One block of W in the weight's dtype."""
     base = problem.weight[top:bottom, left:right]
     out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     factors = problem.factors.rows(top, bottom).columns(left, right)
-    subject.resolve(problem).effective_weight(out, base, factors, top, left, "dither", _WORKSPACES[0])
+    subject.resolve(problem).effective_weight(out, base, factors, top, left, "dither", workspace)
     return out
 
 
-def _weights_used(subject: Subject, problem: Problem) -> Iterator[torch.Tensor]:
-    """W as forward and ∂X use it, with every strategy that serves the call and from large panels to small."""
-    n, k = problem.weight.shape
-    zeros = torch.zeros_like(problem.weight)
-    identity = {features: torch.eye(features, dtype=zeros.dtype, device=zeros.device) for features in (n, k)}
+def _weights_used(
+    subject: Subject, problem: Problem, merged: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """W as forward and ∂X use it, or part of it, and the same of `merged`.
+
+    With every strategy that serves a pass, from large panels to small, and from few tokens.
+    """
+    n, k = merged.shape
+    workspaces = _WORKSPACES if subject.thorough(problem) else _WORKSPACES[:1]
+    settings = [(name, workspace, max(n, k)) for name in STRATEGIES for workspace in workspaces]
+    if problem.A.shape[0] == _RANK and subject.thorough(problem):
+        settings += [("auto", _WORKSPACES[0], tokens) for tokens in _FEW_TOKENS]
+    for name, workspace, tokens in settings:
+        set_workspace_bytes(workspace)
+        x, grad = (
+            torch.eye(features, dtype=merged.dtype, device=merged.device)[:tokens].contiguous() for features in (k, n)
+        )
+        y = _served(name, functools.partial(_output, subject, replace(problem, x=x), bias=False))
+        if y is not None:
+            yield y.t(), merged[:, : len(x)]
+        zeros = grad.new_zeros(len(grad), k)
+        leaf = _requiring_grad(replace(problem, x=zeros, grad=grad), ("x",))
+        grads = _gradients(subject, leaf, ("x",), name)
+        if grads is not None:
+            yield grads[0], merged[: len(grad)]
+
+
+def _results(subject: Subject, problem: Problem, ste: str = "clip") -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Quantity of `_QUANTITIES`, way, value: the output and all gradients, however they can be asked for."""
     for name in STRATEGIES:
-        for workspace in _WORKSPACES:
-            set_strategy(name)
-            set_workspace_bytes(workspace)
-            x = zeros.clone().requires_grad_()
-            try:
-                y = dual_lora_linear(identity[k], problem.weight, *problem.factors, backend=subject.backend)
-                nothing = dual_lora_linear(x, problem.weight, *problem.factors, backend=subject.backend)
-                (grad,) = torch.autograd.grad(nothing, x, identity[n])
-            except ValueError:
-                if name != "fused":  # which says by that what it does not serve
-                    raise
-                continue
-            yield y.t()
-            yield grad
+        output = _served(name, functools.partial(_output, subject, problem))
+        if output is not None:
+            yield "output", name, output
+        for together, wanted in _WANTED.items():
+            grads = _gradients(subject, _requiring_grad(problem, wanted), wanted, name, ste)
+            for each, grad in zip(wanted, grads or (), strict=grads is not None):
+                yield "input" if each == "x" else each, f"{name}, {together}", grad
 
 
-def _gradients(subject: Subject, problem: Problem, ste: str = "clip") -> list[torch.Tensor]:
-    """(output, *gradients) in the order of `reference.Gradients`."""
-    leaf = problem.requiring_grad()
-    out = dual_lora_linear(leaf.x, leaf.weight, *leaf.factors, leaf.bias, ste=ste, backend=subject.backend)
-    return [out.detach(), *torch.autograd.grad(out, leaf.differentiable, leaf.grad)]
+def _served(strategy: str, function: Callable[[], _Result]) -> _Result | None:
+    """What `function` returns under a strategy, or None where ``"fused"`` says that it does not serve the pass."""
+    set_strategy(strategy)
+    try:
+        return function()
+    except ValueError as refusal:
+        if strategy == "fused" and str(refusal).startswith("strategy: got 'fused'"):
+            return None
+        raise
+    finally:
+        set_strategy("auto")
 
 
-def _step(subject: Subject, problem: Problem) -> list[torch.Tensor]:
+def _requiring_grad(problem: Problem, wanted: Sequence[str]) -> Problem:
+    """With copies of the tensors of these names that are leaves and require grad."""
+    return replace(problem, **{name: getattr(problem, name).detach().clone().requires_grad_() for name in wanted})
+
+
+def _output(subject: Subject, problem: Problem, ste: str = "clip", bias: bool = True) -> torch.Tensor:
+    added = problem.bias if bias else None
+    return dual_lora_linear(problem.x, problem.weight, *problem.factors, added, ste=ste, backend=subject.backend)
+
+
+def _gradients(
+    subject: Subject, leaf: Problem, wanted: Sequence[str], strategy: str, ste: str = "clip"
+) -> tuple[torch.Tensor, ...] | None:
+    """Gradients of the tensors named `wanted`, which require grad; the strategy is the backward pass's alone."""
+    output = _output(subject, leaf, ste)
+    inputs = [getattr(leaf, name) for name in wanted]
+    return _served(strategy, functools.partial(torch.autograd.grad, output, inputs, leaf.grad))
+
+
+def _step(subject: Subject, leaf: Problem) -> tuple[torch.Tensor, ...] | None:
     """A training step's passes, the weight frozen."""
-    leaf = problem.requiring_grad()
-    out = dual_lora_linear(leaf.x, leaf.weight.detach(), *leaf.factors, backend=subject.backend)
-    return list(torch.autograd.grad(out, (leaf.x, *leaf.factors[:4]), leaf.grad))
+    return _gradients(subject, leaf, _STEP, "auto")
 
 
 def _products(problem: Problem) -> list[torch.Tensor]:
@@ -246,13 +319,18 @@ def _products(problem: Problem) -> list[torch.Tensor]:
 def _seconds(subject: Subject, function: Callable[[], object]) -> float:
     def wait() -> None:
         if subject.device != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(torch.device(subject.device))
 
     wait()
     start = time.perf_counter()
     function()
     wait()
     return time.perf_counter() - start
+
+
+def _ratio(own: float, naive: float) -> float:
+    """How many times `naive` is `own`: 0 where `own` is, infinite where only `naive` is 0."""
+    return 0.0 if own == 0 else math.inf if naive == 0 else own / naive
 
 
 def _differing(one: torch.Tensor, other: torch.Tensor) -> int:
