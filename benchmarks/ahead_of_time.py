@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler import compile as compile_source
+from triton.runtime.jit import create_function_from_signature
 
-from dual_lora_kernels.backends.triton.launches import Launch
-
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-}
-_ALIGNMENT = 16
+from dual_lora_kernels.backends.triton.launch import Launch
 
 
 def target(family: str) -> GPUTarget:
@@ -31,31 +20,13 @@ def target(family: str) -> GPUTarget:
 def compile_launch(launch: Launch, family: str) -> CompiledKernel:
     """`launch`, whose tensors may be on the meta device, compiled for `family`.
 
-    Arguments are specialised as a launch specialises them: ones become constants, multiples of 16 and aligned pointers
-    are known to be such.
+    Triton's own binder specialises the arguments, as in a launch: ones become constants, multiples of 16 and aligned
+    pointers are known to be such.
     """
-    kernel = launch.kernel
-    frozen = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, name in enumerate(kernel.arg_names):
-        value = launch.arguments.get(name)
-        if name in constants:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
-            if not family.startswith("sm_") and value.untyped_storage().nbytes() < 2**31:
-                attributes[(index,)].append(["tt.pointer_range", 32])  # lets AMD's compiler use buffer loads
-        elif value == 1 and name not in frozen:
-            signature[name] = "constexpr"
-            constants[name] = 1
-        else:
-            assert isinstance(value, int), name
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % _ALIGNMENT == 0 and name not in frozen:
-                attributes[(index,)] = [["tt.divisibility", _ALIGNMENT]]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": False}
+    kernel, plan, chip = launch.kernel, launch.plan(), target(family)
+    backend = make_backend(chip)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = binder(*launch.arguments, plan.constants, **plan.options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, plan.options, bound, specialization, given)
     source = ASTSource(kernel, signature, constants, attributes)
-    return compile_source(source, target=target(family), options=options)
+    return compile_source(source, target=chip, options=parsed.__dict__)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dual_lora_kernels import available_backends, reference
-from dual_lora_kernels.backends import Factors, resolve_backend
+from dual_lora_kernels.backends import Block, Factors, Settings, resolve_backend
 
 from . import report
 from .environment import environment, sentence
@@ -35,11 +35,11 @@ DTYPES = (torch.float32, torch.float64)
 STEM = "cpu_block_bits"
 _WORKSPACE = 1 << 25
 
-Block = tuple[int, int, int, int]
+Place = tuple[int, int, int, int]
 """First row, end of rows, first column, end of columns."""
 
 
-def blocks() -> Iterator[Block]:
+def blocks() -> Iterator[Place]:
     """Random ones; every fourth has one row, and every fourth one column."""
     draw = random.Random(0)
     for index in range(BLOCKS):
@@ -55,7 +55,9 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[Factors, int, int], torch.Te
 
         def weight(factors: Factors, row0: int, col0: int) -> torch.Tensor:
             out = factors.A.new_empty(factors.B.shape[0], factors.A.shape[1])
-            backend.effective_weight(out, None, factors, row0, col0, "nearest", _WORKSPACE)
+            backend.effective_weight(
+                out, Block(None, factors, "nearest", dtype, row0, col0), Settings("auto", _WORKSPACE)
+            )
             return out
 
         return weight

@@ -20,7 +20,7 @@ _WEIGHT = ((32, 128, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4), (128, 128, 8),
 _GRADIENTS = (
     (64, 64, 8, 4, 2), (32, 64, 8, 4, 2), (64, 128, 4, 8, 2), (128, 64, 4, 8, 2), (32, 128, 4, 4, 2), (64, 64, 4, 4, 1),
 )  # fmt: skip
-# tokens, first, second, warps, stages
+# block M, N, K, warps, stages
 _PRODUCTS: dict[int | None, tuple[tuple[int, int, int, int, int], ...]] = {
     16: (
         (16, 64, 128, 4, 3), (16, 64, 64, 4, 4), (16, 32, 64, 4, 4), (16, 128, 64, 8, 3), (16, 16, 256, 4, 3),
@@ -37,10 +37,10 @@ _PRODUCTS: dict[int | None, tuple[tuple[int, int, int, int, int], ...]] = {
         (256, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3), (128, 128, 64, 8, 2),
     ),
 }  # fmt: skip
-# tokens, first, second, warps, stages
+# block M, N, K, warps, stages
 _TOKEN_PRODUCT = (
-    (64, 128, 64, 4, 3), (64, 64, 128, 4, 3), (64, 64, 64, 4, 3), (32, 128, 128, 8, 4), (64, 128, 128, 4, 3),
-    (64, 128, 256, 8, 2), (32, 128, 128, 8, 3),
+    (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 4), (128, 128, 64, 4, 3),
+    (128, 256, 64, 8, 2), (128, 128, 32, 8, 3),
 )  # fmt: skip
 
 
@@ -88,8 +88,8 @@ def candidates(slot: Slot, shapes: Shapes) -> list[Shape]:
     else:
         grid = _TOKEN_PRODUCT if slot.kernel == "token_product" else _PRODUCTS[slot.up_to]
         found += [
-            ProductShape(tokens, first, second, warps, stages, up_to=slot.up_to)
-            for tokens, first, second, warps, stages in grid
+            ProductShape(block_m, block_n, block_k, warps, stages, up_to=slot.up_to)
+            for block_m, block_n, block_k, warps, stages in grid
         ]
     in_use = dataclasses.replace(found[0], source="")
     return [found[0], *(shape for shape in found[1:] if shape != in_use)]

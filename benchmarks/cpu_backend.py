@@ -21,7 +21,16 @@ from rich.console import Console
 from torch import nn
 
 from dual_lora_kernels import dual_lora_linear, panels
-from dual_lora_kernels.backends import Backend, FactorGradients, Factors, resolve_backend
+from dual_lora_kernels.backends import (
+    Backend,
+    Block,
+    DenseBase,
+    Estimator,
+    Factors,
+    ParameterGradients,
+    resolve_backend,
+)
+from dual_lora_kernels.runtime_settings import current_settings
 
 from . import charts, layer_step, report
 from .environment import environment, load_average, sentence
@@ -100,9 +109,11 @@ def part_functions(
     token, batch = torch.randn(1, size), torch.randn(16, size)
     A, B, C, D = (torch.randn(shape) * 0.02 for shape in ((rank, size), (size, rank)) * 2)
     factors = Factors(A, B, C, D, torch.tensor(2.0))
-    sums = FactorGradients(*(torch.zeros_like(factor) for factor in factors[:4]))
-    workspace = panels.workspace_bytes()
-    width = panels.split(size, size * 4, workspace - backend.temporaries(workspace))[0][1]
+    block = Block(DenseBase(weight), factors, "dither", weight.dtype)
+    estimator = Estimator("clip", 1.0)
+    sums = ParameterGradients(*(torch.zeros_like(factor) for factor in factors[:4]))
+    settings = current_settings()
+    width = panels.split(size, size * 4, settings.workspace - backend.temporaries(settings.workspace))[0][1]
     copy, h = torch.empty_like(weight), torch.empty(size, size)
     panel = torch.empty(width * size)
     torch.mm(grad.t(), x, out=h)
@@ -113,23 +124,20 @@ def part_functions(
         for start in range(0, size, width):
             stop = min(start + width, size)
             out = panel[: (stop - start) * size].view(-1, size)
-            backend.effective_weight(out, weight[start:stop], factors.rows(start, stop), start, 0, "dither", workspace)
+            backend.effective_weight(out, block.rows(start, stop), settings)
 
     def columns() -> list[tuple[int, int, torch.Tensor]]:
         spans = [(start, min(start + width, size)) for start in range(0, size, width)]
         return [(start, stop, panel[: size * (stop - start)].view(size, -1)) for start, stop in spans]
 
     def contract() -> None:
-        for start, stop, block in columns():
-            parts = factors.columns(start, stop), sums.columns(start, stop)
-            backend.factor_gradients(block, parts[0], 0, start, "clip", 1.0, parts[1], torch.float32, workspace)
+        for start, stop, h in columns():
+            backend.factor_gradients(h, block.columns(start, stop), estimator, sums.columns(start, stop), settings)
 
     def contract_and_generate() -> None:
-        for start, stop, block in columns():
-            shared.weight_and_factor_gradients(
-                block, weight[:, start:stop], block, factors.columns(start, stop), 0, start, "dither", "clip", 1.0,
-                sums.columns(start, stop), workspace,
-            )  # fmt: skip
+        for start, stop, h in columns():
+            own = block.columns(start, stop)
+            shared.weight_and_factor_gradients(h, h, own, estimator, sums.columns(start, stop), settings)
 
     def decode(inputs: torch.Tensor, name: str) -> Callable[[], object]:
         return lambda: dual_lora_linear(inputs, weight, *factors, backend=name)

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from dual_lora_kernels import set_default_backend
-from dual_lora_kernels.backends import default_backend, resolve_backend
+from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import architecture
+from dual_lora_kernels.runtime_settings import default_backend
 
 from . import layer_cells, numerical_suite, report, rooflines, session_summary
 from .budget import Deadline, Guard, Stopped, part_seconds

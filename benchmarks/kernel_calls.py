@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from dual_lora_kernels import set_strategy, strategy, workspace_bytes
-from dual_lora_kernels.backends import FactorGradients, Factors
-from dual_lora_kernels.backends.triton import TritonBackend, execute
+from dual_lora_kernels.backends import Block, DenseBase, Estimator, Factors, ParameterGradients
+from dual_lora_kernels.backends.triton import TritonBackend
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
+from dual_lora_kernels.runtime_settings import current_settings
 
 from .device_time import copies
 from .shipped_launches import RANK
 
-ESTIMATOR = ("clip", 1.0)
+ESTIMATOR = Estimator("clip", 1.0)
 ROUNDING = "dither"
 WEIGHT_STD = 0.02
 FACTOR_STD = 0.02
@@ -39,7 +39,12 @@ class Operands:
     grad: torch.Tensor
     out: torch.Tensor
     h: torch.Tensor
-    gradients: FactorGradients
+    gradients: ParameterGradients
+
+    @property
+    def block(self) -> Block:
+        """The weight as one block."""
+        return Block(DenseBase(self.weight), self.factors, ROUNDING, self.weight.dtype)
 
 
 def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.device, rank: int = RANK) -> Operands:
@@ -63,7 +68,7 @@ def operands(kernel: str, rows: int, columns: int, tokens: int, device: torch.de
         grad=draw(used_tokens, rows),
         out=torch.empty(rows if kernel == "effective_weight" else 0, columns, device=device, dtype=torch.bfloat16),
         h=draw(rows if kernel == "factor_gradients" else 0, columns, dtype=torch.float32),
-        gradients=FactorGradients(*(torch.zeros_like(each) for each in factors[:4])),
+        gradients=ParameterGradients(*(torch.zeros_like(each) for each in factors[:4])),
     )
 
 
@@ -77,30 +82,21 @@ def rotated(kernel: str, rows: int, columns: int, tokens: int, device: torch.dev
 
 def call(kernel: str, given: Operands) -> Callable[[], object]:
     """`kernel` on these operands: its launches, and the sum of their parts where they make parts."""
-    ste, bound = ESTIMATOR
+    backend, block, settings = TritonBackend(), given.block, current_settings()
+    fused = backend.fused
     if kernel == "effective_weight":
-        return lambda: execute.effective_weight(given.out, given.weight, given.factors, 0, 0, ROUNDING)
+        return lambda: backend.effective_weight(given.out, block, settings)
     if kernel == "factor_gradients":
-        return lambda: execute.factor_gradients(
-            given.h,
-            given.factors,
-            ste,
-            bound,
-            given.gradients,
-            torch.bfloat16,
-            TritonBackend().temporaries(workspace_bytes()),
-        )
+        return lambda: backend.factor_gradients(given.h, block, ESTIMATOR, given.gradients, settings)
     if kernel == "token_product":
-        return lambda: execute.token_product(
-            given.grad, given.x, given.factors, ste, bound, given.gradients, workspace_bytes()
-        )
+        return lambda: fused.token_product(given.grad, given.x, given.factors, ESTIMATOR, given.gradients, settings)
     input = given.x if kernel == "forward" else given.grad
-    return lambda: execute.weight_product(kernel, input, given.weight, given.factors, None, ROUNDING, workspace_bytes())
+    return lambda: fused.weight_product(kernel, input, block, None, settings)
 
 
 def results(kernel: str, given: Operands) -> tuple[torch.Tensor, ...]:
     """What one call computes: W, Y or ∂X, or the factors' gradients."""
-    for gradient in given.gradients:
+    for gradient in given.gradients[:4]:
         assert gradient is not None
         gradient.zero_()
     returned = call(kernel, given)()
@@ -129,14 +125,3 @@ def shape_in_use(family: str, kernel: str, shape: PanelShape | ProductShape) -> 
         yield
     finally:
         TABLE[family] = before
-
-
-@contextmanager
-def strategy_in_use(name: str) -> Iterator[None]:
-    """Within it, passes run with this strategy."""
-    before = strategy()
-    set_strategy(name)
-    try:
-        yield
-    finally:
-        set_strategy(before)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dual_lora_kernels import settings
+
 from .device_time import captured, copies
-from .kernel_calls import strategy_in_use
 from .layer_step import FLOOR, floor_step, step
 from .methods import LABELS, build, frozen_linear
 from .shipped_launches import RANK
@@ -161,7 +162,7 @@ def _own(cell: Cell, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> 
 
 def _in_turn(calls: Sequence[Callable[[], object]], strategy: str) -> Callable[[], None]:
     def run() -> None:
-        with strategy_in_use(strategy):
+        with settings(strategy=strategy):
             for call in calls:
                 call()
 

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dual_lora_kernels.backends.native import NativeBackend
+
 LIBRARIES: dict[str, dict[str, str]] = {
     "own": {},
     "avx2": {"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
@@ -44,11 +46,17 @@ class Machine:
 
 def native_kernels() -> list[str]:
     """The native backend's instruction sets that this processor runs, best first; empty without the backend."""
-    program = "from dual_lora_kernels.backends.native import NativeBackend as N; N().unavailable(); N().description()"
+    if NativeBackend().why_unavailable() is not None:
+        return []
+    program = (
+        "from dual_lora_kernels.backends.native import NativeBackend as N; N().why_unavailable(); N().description()"
+    )
     environment = {**os.environ, "DUAL_LORA_CPU_CAPABILITY": "none"}  # the error lists what there is
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    _, _, names = done.stderr.strip().rpartition("this build on this processor has ")
-    return names.split(", ") if "DUAL_LORA_CPU_CAPABILITY: got 'none'" in done.stderr else []
+    _, found, names = done.stderr.strip().rpartition("this build on this processor has ")
+    if not found:
+        raise RuntimeError(f"asked for its instruction sets, the native backend answered: {done.stderr}")
+    return names.split(", ")
 
 
 def every_machine(kernels: list[str]) -> list[Machine]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends import Block, DenseBase, Estimator, Factors, ParameterGradients
 from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture
-from dual_lora_kernels.backends.triton.launches import Launch
+from dual_lora_kernels.backends.triton.arguments import Hashes
+from dual_lora_kernels.backends.triton.launch import Launch
 from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
 from dual_lora_kernels.precision import accumulation_dtype
 
@@ -37,7 +38,7 @@ WIDE_TARGETS = ("sm_90", "gfx942", "gfx1100")
 """The chips that those are compiled for: one of each kind of matrix unit."""
 FAMILIES = tuple(TABLE)
 _HASH_LENGTH = 2 * FEATURES
-_PROCESSORS = 132  # launches do not depend on it
+_COMPUTE_UNITS = 132  # launches do not depend on it
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Case:
         """The tile's sizes as a human writes them."""
         shape = self.shape
         if isinstance(shape, ProductShape):
-            return f"{shape.tokens}×{shape.first}×{shape.second}"
+            return f"{shape.block_m}×{shape.block_n}×{shape.block_k}"
         columns = f"{shape.columns}·{shape.column_tiles}" if shape.column_tiles > 1 else f"{shape.columns}"
         return f"{shape.rows}×{columns}"
 
@@ -84,41 +85,33 @@ class Case:
     def launch(self) -> Launch:
         """The kernel's launch for a weight and tokens of its sizes and factors of its rank."""
         compute, (rows, columns), rank = self.compute_dtype, self.weight, self.rank
-        architecture = Architecture(self.chip, _PROCESSORS)
+        chip = Architecture(self.chip, _COMPUTE_UNITS)
         factors = Factors(
             _meta(rank, columns, dtype=self.factor_dtype), _meta(rows, rank, dtype=self.factor_dtype),
             _meta(rank, columns, dtype=self.factor_dtype), _meta(rows, rank, dtype=self.factor_dtype),
             _meta(dtype=torch.float32),
         )  # fmt: skip
-        hashes = launches.Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
+        hashes = Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
         weight = _meta(rows, columns, dtype=compute)
+        block = Block(DenseBase(weight), factors, "dither", compute)
         inputs, outputs = (_meta(self.tokens, features, dtype=compute) for features in (columns, rows))
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)
-            transposed = self.kernel == "input_gradient"
-            source, result = (outputs, inputs) if transposed else (inputs, outputs)
-            return launches.weight_product(
-                result[None], source, weight, factors, None, "dither", transposed, hashes, self.shape, architecture
-            )
+            source, result = (outputs, inputs) if self.kernel == "input_gradient" else (inputs, outputs)
+            return launches.weight_product(self.kernel, result[None], source, block, None, hashes, self.shape, chip)
         if self.kernel == "effective_weight":
             assert isinstance(self.shape, PanelShape)
-            return launches.effective_weight(
-                weight, weight, factors, 0, 0, "dither", hashes, self.shape, architecture
-            )  # fmt: skip
-        gradients = FactorGradients(*factors[:4])
+            return launches.effective_weight(weight, weight, block, hashes, self.shape, chip)
+        gradients, estimator = ParameterGradients(*factors[:4]), Estimator("clip", 1.0)
         wide = accumulation_dtype(compute)
         if self.kernel == "factor_gradients":
             assert isinstance(self.shape, PanelShape)
-            up, down = self._partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
+            partials = self._partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
             h = _meta(rows, columns, dtype=wide)
-            return launches.factor_gradients(
-                h, factors, "clip", 1.0, gradients, compute, up, down, self.shape, architecture
-            )
+            return launches.factor_gradients(h, block, estimator, gradients, partials, self.shape, chip)
         assert isinstance(self.shape, ProductShape)
-        up, down = self._partials(self.shape.first, self.shape.second, wide)
-        return launches.token_product(
-            outputs, inputs, factors, "clip", 1.0, gradients, up, down, self.shape, architecture
-        )
+        partials = self._partials(self.shape.block_m, self.shape.block_n, wide)
+        return launches.token_product(outputs, inputs, factors, estimator, gradients, partials, self.shape, chip)
 
     def _partials(self, tile_rows: int, tile_columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial sums: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""

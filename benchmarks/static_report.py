@@ -115,7 +115,7 @@ def measure(case: Case) -> Row:
     shape = case.shape
     slots = ratio = None
     if case.kernel in ("effective_weight", "forward", "input_gradient"):
-        elements = shape.rows * shape.columns if isinstance(shape, PanelShape) else shape.first * shape.second
+        elements = shape.rows * shape.columns if isinstance(shape, PanelShape) else shape.block_n * shape.block_k
         slots = len(counted) * target(case.chip).warp_size * shape.warps / elements
     if isinstance(shape, ProductShape) and case.family == "sm_90":
         ratio = (
@@ -151,10 +151,10 @@ def measure(case: Case) -> Row:
 
 def tensor_cycles(kernel: str, shape: ProductShape, factor_dtype: torch.dtype, rank: int) -> float:
     """Cycles that an H100 processor's tensor cores need for one step of a fused kernel in 16 bits."""
-    cycles = shape.tokens * shape.first * shape.second / _H100_BF16_FMA
+    cycles = shape.block_m * shape.block_n * shape.block_k / _H100_BF16_FMA
     if kernel == "token_product":
         return cycles  # the factors come after its loop
-    fma = shape.first * shape.second * 2 * rank_block(rank).block  # P and Q, both of this rank
+    fma = shape.block_n * shape.block_k * 2 * rank_block(rank).block  # P and Q, both of this rank
     if factor_dtype == torch.float32:
         return cycles + _TF32_PRODUCTS * fma / _H100_TF32_FMA
     return cycles + fma / _H100_BF16_FMA

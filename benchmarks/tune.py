@@ -31,6 +31,7 @@ from dual_lora_kernels import panels
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
 from dual_lora_kernels.backends.triton.shapes import PATH, TABLE, ProductShape, Shapes
+from dual_lora_kernels.runtime_settings import current_settings
 
 from .budget import Deadline, part_seconds
 from .candidates import CLASS_TOKENS, Shape, Slot, candidates, current, slots
@@ -38,7 +39,6 @@ from .device_time import seconds_per_call
 from .kernel_calls import (
     ESTIMATOR,
     KERNELS,
-    ROUNDING,
     TOKEN_READERS,
     WEIGHT_READERS,
     Operands,
@@ -253,14 +253,12 @@ class Tuner:
 def panel_call(operation: str, given: Operands) -> Callable[[], object]:
     """`operation` over panels, on the Triton backend."""
     backend = resolve_backend("triton", given.x.device, given.x.dtype, given.factors.A.dtype)
-    ste, bound = ESTIMATOR
+    block, settings = given.block, current_settings()
     if operation == "forward":
-        return lambda: panels.forward(given.x, given.weight, given.factors, None, ROUNDING, backend)
+        return lambda: panels.forward(given.x, block, None, backend, settings)
     if operation == "input_gradient":
-        return lambda: panels.input_gradient(given.grad, given.weight, given.factors, ROUNDING, backend)
-    return lambda: panels.parameter_gradients(
-        given.grad, given.x, given.factors, ste, bound, given.gradients, None, backend
-    )
+        return lambda: panels.input_gradient(given.grad, block, backend, settings)
+    return lambda: panels.parameter_gradients(given.grad, given.x, block, ESTIMATOR, given.gradients, backend, settings)
 
 
 def describe(shape: Shape) -> str:

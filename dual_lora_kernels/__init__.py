@@ -5,16 +5,22 @@
 are in `dual_lora_kernels.reference`.
 """
 
-from .backends import available_backends, set_default_backend
+from .backends import available_backends
 from .checkpoint import dual_lora_state_dict, load_dual_lora, load_dual_lora_state_dict, save_dual_lora
 from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
 from .merging import dual_lora_merge_
 from .model import apply_dual_lora, merge_dual_lora
-from .panels import set_workspace_bytes, workspace_bytes
 from .parameter_groups import dual_lora_parameter_groups
-from .passes import set_strategy, strategy
+from .runtime_settings import (
+    set_default_backend,
+    set_strategy,
+    set_workspace_bytes,
+    settings,
+    strategy,
+    workspace_bytes,
+)
 from .warmup import DualLoraWarmup
 
 __version__ = "0.1.0"
@@ -37,6 +43,7 @@ __all__ = [
     "set_default_backend",
     "set_strategy",
     "set_workspace_bytes",
+    "settings",
     "strategy",
     "workspace_bytes",
 ]

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .backends import Backend, candidates, default_backend
-from .panels import workspace_bytes
-from .passes import strategy
+from .backends import Backend, candidates
+from .runtime_settings import default_backend, strategy, workspace_bytes
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _LAYERS = {

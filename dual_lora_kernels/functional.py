@@ -8,8 +8,9 @@ import torch
 from torch.autograd import forward_ad
 
 from . import panels
-from .backends import Factors, check_backend_name, default_backend, resolve_backend
-from .ops import NAMESPACE
+from .backends import Block, Estimator, Factors, check_backend_name, resolve_backend
+from .ops import NAMESPACE, Options
+from .runtime_settings import current_settings, default_backend
 from .validation import (
     ROUNDINGS,
     as_scale_tensor,
@@ -42,35 +43,30 @@ class DualLoraFunction(torch.autograd.Function):
         D: torch.Tensor,
         bias: torch.Tensor | None,
         scale: torch.Tensor,
-        ste: str,
-        clip_bound: float,
-        rounding: str,
-        backend: str,
+        estimator: Estimator,
+        options: Options,
     ) -> torch.Tensor:
         # The input is needed for parameters' gradients only; nobody should pay for keeping it otherwise.
         kept_input = input if any(ctx.needs_input_grad[1:6]) else None
         ctx.save_for_backward(kept_input, weight, A, B, C, D, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ste, ctx.clip_bound, ctx.rounding, ctx.backend = ste, clip_bound, rounding, backend
-        out: torch.Tensor = _ops.linear(input, weight, A, B, C, D, scale, bias, rounding, backend)
+        ctx.estimator, ctx.options = estimator, options
+        out: torch.Tensor = _ops.linear(input, weight, (A, B, C, D, scale), bias, *options)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         input, weight, A, B, C, D, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        options = (ctx.ste, ctx.clip_bound, ctx.rounding)
         grads: list[torch.Tensor | None] = [None] * 6
         wanted = [needs[0], *needs[2:6], needs[1]]
         if any(wanted):
-            dtype = grad.dtype if weight is None else weight.dtype
-            computed = iter(
-                _ops.gradients(grad, input, weight, A, B, C, D, scale, *options, wanted, dtype, ctx.backend)
-            )
+            factors = (A, B, C, D, scale)
+            computed = iter(_ops.gradients(grad, input, weight, factors, wanted, *ctx.estimator, *ctx.options))
             grads = [next(computed) if want else None for want in wanted]
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs[6] else None
         grad_input, grad_A, grad_B, grad_C, grad_D, grad_weight = grads
-        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None
 
 
 def dual_lora_linear(
@@ -154,15 +150,16 @@ def dual_lora_linear(
         if bias.device != A.device:
             raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
     scale = as_scale_tensor(scale, A)
+    options = Options(rounding, backend, *current_settings())
 
     input = input.to(compute_dtype(input))
     rows = input.reshape(-1, in_features)
     differentiable = (rows, weight, A, B, C, D, bias)
     out: torch.Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        out = DualLoraFunction.apply(*differentiable, scale, ste, clip_bound, rounding, backend)
+        out = DualLoraFunction.apply(*differentiable, scale, Estimator(ste, clip_bound), options)
     else:
-        out = _ops.linear(rows, weight, A, B, C, D, scale, bias, rounding, backend)
+        out = _ops.linear(rows, weight, (A, B, C, D, scale), bias, *options)
     return out.view(*input.shape[:-1], out_features)
 
 
@@ -195,5 +192,6 @@ def dual_lora_delta(
     check_scale_value(scale)
     update = A.new_empty((B.shape[0], A.shape[1]), dtype=dtype)
     chosen = resolve_backend(default_backend(), A.device, update.dtype, A.dtype)
-    panels.write_weight(update, None, Factors(A, B, C, D, scale), "nearest", chosen)
+    block = Block(None, Factors(A, B, C, D, scale), "nearest", update.dtype)
+    panels.write_weight(update, block, chosen, current_settings())
     return update

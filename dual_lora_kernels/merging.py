@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from . import panels
-from .backends import Factors, check_backend_name, default_backend, resolve_backend
-from .ops import NAMESPACE
+from .backends import Block, DenseBase, Factors, check_backend_name, resolve_backend
+from .ops import NAMESPACE, Options
 from .precision import accumulation_dtype
+from .runtime_settings import current_settings, default_backend
 from .validation import (
     ROUNDINGS,
     as_scale_tensor,
@@ -47,7 +48,8 @@ def dual_lora_merge_(
             f"weight: got the strides {weight.stride()}, expected memory of its own for every element: clone() it"
         )
     scale = as_scale_tensor(scale, A)
-    _ops.merge_(weight, A, B, C, D, scale, rounding, default_backend() if backend is None else backend)
+    backend = default_backend() if backend is None else backend
+    _ops.merge_(weight, (A, B, C, D, scale), *Options(rounding, backend, *current_settings()))
     return weight
 
 
@@ -79,7 +81,8 @@ def check_mergeable(
     if _surely_finite(weight, factors):
         return
     chosen = resolve_backend(backend, weight.device, weight.dtype, A.dtype)
-    overflow = panels.first_overflow(weight, factors, rounding, chosen)
+    block = Block(DenseBase(weight), factors, rounding, weight.dtype)
+    overflow = panels.first_overflow(weight, block, chosen, current_settings())
     if overflow is not None:
         row, column = overflow
         raise ValueError(

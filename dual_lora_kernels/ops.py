@@ -9,25 +9,44 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import panels, passes
-from .backends import FactorGradients, Factors, resolve_backend
+from .backends import Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
 from .precision import accumulation_dtype
 from .validation import check_scale_value
 
 NAMESPACE = "dual_lora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_FACTORS = "Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale"
-_library.define(f"linear(Tensor input, Tensor? weight, {_FACTORS}, Tensor? bias, str rounding, str backend) -> Tensor")
+# `factors` are A, B, C, D and the scale.
+_OPTIONS = "str rounding, str backend, str strategy, int workspace"
+_library.define(f"linear(Tensor input, Tensor? weight, Tensor[] factors, Tensor? bias, {_OPTIONS}) -> Tensor")
 _library.define(
-    f"gradients(Tensor grad, Tensor? input, Tensor? weight, {_FACTORS}, str ste, float clip_bound, str rounding, "
-    "bool[] wanted, ScalarType weight_dtype, str backend) -> Tensor[]"
+    "gradients(Tensor grad, Tensor? input, Tensor? weight, Tensor[] factors, bool[] wanted, str ste, float clip_bound, "
+    f"{_OPTIONS}) -> Tensor[]"
 )
-_library.define(f"merge_(Tensor(a!) weight, {_FACTORS}, str rounding, str backend) -> ()")
+_library.define(f"merge_(Tensor(a!) weight, Tensor[] factors, {_OPTIONS}) -> ()")
+
+
+class Options(NamedTuple):
+    """How a call is computed: the last arguments of every operator. A backward pass is handed its forward pass's."""
+
+    rounding: str
+    backend: str
+    strategy: str
+    workspace: int
+
+    @property
+    def settings(self) -> Settings:
+        """How passes run."""
+        return Settings(self.strategy, self.workspace)
+
+    def block(self, weight: torch.Tensor | None, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> Block:
+        """The full weight as one block."""
+        return Block(base_of(weight), Factors(*factors), self.rounding, dtype)
 
 
 def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -66,27 +85,22 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 def linear_kernel(
     input: torch.Tensor,
     weight: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: torch.Tensor,
+    factors: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
-    rounding: str,
-    backend: str,
+    *options: Any,
 ) -> torch.Tensor:
     """Y [M, N] from X [M, K], in X's dtype."""
-    check_scale_value(scale)
-    chosen = resolve_backend(backend, input.device, input.dtype, A.dtype)
+    call = Options(*options)
+    block = call.block(weight, factors, input.dtype)
+    check_scale_value(block.factors.scale)
+    backend = resolve_backend(call.backend, input.device, input.dtype, block.factors.A.dtype)
     bias = None if bias is None else bias.to(input.dtype).contiguous()
-    return passes.forward(_dense(input), weight, Factors(A, B, C, D, scale), bias, rounding, chosen)
+    return passes.forward(_dense(input), block, bias, backend, call.settings)
 
 
 @_fake("linear")
-def _(
-    input: torch.Tensor, weight: Any, A: Any, B: torch.Tensor, C: Any, D: Any, scale: Any, bias: Any, *options: Any
-) -> torch.Tensor:
-    return input.new_empty(input.shape[0], B.shape[0])
+def _(input: torch.Tensor, weight: Any, factors: Sequence[torch.Tensor], *others: Any) -> torch.Tensor:
+    return input.new_empty(input.shape[0], Factors(*factors).shape[0])
 
 
 @_kernel("gradients")
@@ -94,84 +108,61 @@ def gradients_kernel(
     grad: torch.Tensor,
     input: torch.Tensor | None,
     weight: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
     ste: str,
     clip_bound: float,
-    rounding: str,
-    wanted: Sequence[bool],
-    weight_dtype: torch.dtype,
-    backend: str,
+    *options: Any,
 ) -> list[torch.Tensor]:
     """The gradients of those of (input, A, B, C, D, weight) that `wanted` marks, in that order, from G [M, N].
 
-    ∂X [M, K] comes in G's dtype, the factors' in theirs, the weight's in `weight_dtype`. `input` may be None where
-    only ∂X is wanted.
+    ∂X [M, K] comes in G's dtype, the parameters' in theirs. `input` may be None where only ∂X is wanted.
     """
-    chosen = resolve_backend(backend, grad.device, grad.dtype, A.dtype)
-    wide = accumulation_dtype(torch.promote_types(grad.dtype, A.dtype))
-    accumulators = FactorGradients(
-        *(torch.zeros_like(f, dtype=wide) if want else None for f, want in zip((A, B, C, D), wanted[1:5], strict=True))
+    call = Options(*options)
+    block = call.block(weight, factors, grad.dtype)
+    dtype = block.factors.A.dtype
+    backend = resolve_backend(call.backend, grad.device, grad.dtype, dtype)
+    wide = accumulation_dtype(torch.promote_types(grad.dtype, dtype))
+    A, B, C, D = (
+        torch.zeros_like(f, dtype=wide) if want else None for f, want in zip(factors[:4], wanted[1:5], strict=True)
     )
-    grad_weight = grad.new_empty((B.shape[0], A.shape[1]), dtype=weight_dtype) if wanted[5] else None
-    grad_input = passes.gradients(
-        _dense(grad),
-        None if input is None else _dense(input),
-        weight,
-        Factors(A, B, C, D, scale),
-        rounding,
-        ste,
-        clip_bound,
-        accumulators,
-        grad_weight,
-        wanted[0],
-        chosen,
-    )
-    results = [accumulator.to(A.dtype) for accumulator in accumulators if accumulator is not None]
+    grad_weight = _weight_gradient(grad, weight) if wanted[5] else None
+    gradients = ParameterGradients(A, B, C, D, grad_weight)
+    rows = None if input is None else _dense(input)
+    estimator = Estimator(ste, clip_bound)
+    grad_input = passes.gradients(_dense(grad), rows, wanted[0], block, estimator, gradients, backend, call.settings)
+    results = [accumulator.to(dtype) for accumulator in gradients[:4] if accumulator is not None]
     return [*([] if grad_input is None else [grad_input]), *results, *([] if grad_weight is None else [grad_weight])]
+
+
+def _weight_gradient(grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Contiguous memory for ∂W0."""
+    assert weight is not None, "a gradient of no weight cannot be wanted"
+    return grad.new_empty(weight.shape, dtype=weight.dtype)
 
 
 @_fake("gradients")
 def _(
     grad: torch.Tensor,
     input: Any,
-    weight: Any,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: Any,
-    ste: Any,
-    clip_bound: Any,
-    rounding: Any,
+    weight: torch.Tensor | None,
+    factors: Sequence[torch.Tensor],
     wanted: Sequence[bool],
-    weight_dtype: torch.dtype,
-    backend: Any,
+    *others: Any,
 ) -> list[torch.Tensor]:
-    out_features, in_features = B.shape[0], A.shape[1]
-    results = [grad.new_empty(grad.shape[0], in_features)] if wanted[0] else []
-    results += [torch.empty_like(f) for f, want in zip((A, B, C, D), wanted[1:5], strict=True) if want]
-    return [*results, A.new_empty((out_features, in_features), dtype=weight_dtype)] if wanted[5] else results
+    results = [grad.new_empty(grad.shape[0], factors[0].shape[1])] if wanted[0] else []
+    results += [torch.empty_like(f) for f, want in zip(factors[:4], wanted[1:5], strict=True) if want]
+    return [*results, _weight_gradient(grad, weight)] if wanted[5] else results
 
 
 @_kernel("merge_")
-def merge_kernel(
-    weight: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor,
-    scale: torch.Tensor,
-    rounding: str,
-    backend: str,
-) -> None:
+def merge_kernel(weight: torch.Tensor, factors: Sequence[torch.Tensor], *options: Any) -> None:
     """W0 ← round(W0 + ΔW), in place."""
-    check_scale_value(scale)
-    chosen = resolve_backend(backend, weight.device, weight.dtype, A.dtype)
-    panels.write_weight(weight, weight, Factors(A, B, C, D, scale), rounding, chosen)
+    call = Options(*options)
+    block = call.block(weight, factors, weight.dtype)
+    check_scale_value(block.factors.scale)
+    backend = resolve_backend(call.backend, weight.device, weight.dtype, block.factors.A.dtype)
+    panels.write_weight(weight, block, backend, call.settings)
     torch.autograd.graph.increment_version(weight)  # kernels write past PyTorch's own counting
 
 

@@ -5,121 +5,91 @@ from __future__ import annotations
 import torch
 
 from . import panels
-from .backends import Backend, DoesNotFit, FactorGradients, Factors, FusedPasses
-from .validation import check_choice
-
-STRATEGIES = ("auto", "fused", "panels")
-_strategy = "auto"
-
-
-def set_strategy(name: str) -> None:
-    """Choose how passes run: ``"panels"``, ``"fused"``, or ``"auto"``, the one that the backend expects to be faster.
-
-    ``"fused"`` raises ValueError in calls that cannot run so. The weights used are the same bits either way.
-    """
-    global _strategy
-    check_choice("strategy", name, STRATEGIES)
-    _strategy = name
-
-
-def strategy() -> str:
-    """What `set_strategy` chose; ``"auto"`` at first."""
-    return _strategy
-
-
-def _fused(operation: str, input: torch.Tensor, factors: Factors, backend: Backend) -> FusedPasses | None:
-    """The backend's fused passes if this one is to use them."""
-    if _strategy == "panels":
-        return None
-    fused = backend.fused
-    if fused is None:
-        reason: str | None = "it has no fused kernels"
-    else:
-        reason = fused.serves(operation, input, factors, panels.workspace_bytes())
-        if reason is None and (_strategy == "fused" or fused.preferred(operation, input)):
-            return fused
-    if _strategy == "fused":
-        raise ValueError(f"strategy: got 'fused', which backend {backend.name!r} does not serve here: {reason}")
-    return None
+from .backends import Backend, Block, DoesNotFit, Estimator, FusedPasses, ParameterGradients, Settings
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    factors: Factors,
-    bias: torch.Tensor | None,
-    rounding: str,
-    backend: Backend,
+    x: torch.Tensor, block: Block, bias: torch.Tensor | None, backend: Backend, settings: Settings
 ) -> torch.Tensor:
     """Y = X Wᵀ + b, [M, N]."""
-    fused = _fused("forward", x, factors, backend)
+    fused = _fused("forward", x, block, backend, settings)
     if fused is not None:
         try:
-            return fused.weight_product("forward", x, weight, factors, bias, rounding, panels.workspace_bytes())
+            return fused.weight_product("forward", x, block, bias, settings)
         except DoesNotFit:
-            return forward(x, weight, factors, bias, rounding, backend)
-    return panels.forward(x, weight, factors, bias, rounding, backend)
+            return forward(x, block, bias, backend, settings)
+    return panels.forward(x, block, bias, backend, settings)
 
 
 def gradients(
     grad: torch.Tensor,
     x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    factors: Factors,
-    rounding: str,
-    ste: str,
-    clip_bound: float,
-    accumulators: FactorGradients,
-    grad_weight: torch.Tensor | None,
     wants_input: bool,
+    block: Block,
+    estimator: Estimator,
+    gradients: ParameterGradients,
     backend: Backend,
+    settings: Settings,
 ) -> torch.Tensor | None:
-    """∂X = G W [M, K] if it is wanted; adds the factors' gradients to `accumulators` and writes ∂W0 to `grad_weight`.
+    """∂X = G W [M, K] if it is wanted; the parameters' go to `gradients`.
 
     `x` may be None where no parameter's gradient is wanted.
     """
-    if x is None or not (accumulators.wanted or grad_weight is not None):
-        return input_gradient(grad, weight, factors, rounding, backend) if wants_input else None
+    if x is None or not (gradients.factors_wanted or gradients.weight is not None):
+        return input_gradient(grad, block, backend, settings) if wants_input else None
     shared = backend.shared_products
-    if shared is not None and wants_input and accumulators.wanted and _strategy != "fused":
-        return panels.gradients(
-            grad, x, weight, factors, rounding, ste, clip_bound, accumulators, grad_weight, backend, shared
-        )
-    grad_x = input_gradient(grad, weight, factors, rounding, backend) if wants_input else None
-    parameter_gradients(grad, x, factors, ste, clip_bound, accumulators, grad_weight, backend)
+    if shared is not None and wants_input and gradients.factors_wanted and settings.strategy != "fused":
+        return panels.gradients(grad, x, block, estimator, gradients, backend, shared, settings)
+    grad_x = input_gradient(grad, block, backend, settings) if wants_input else None
+    parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
     return grad_x
 
 
-def input_gradient(
-    grad: torch.Tensor, weight: torch.Tensor | None, factors: Factors, rounding: str, backend: Backend
-) -> torch.Tensor:
+def input_gradient(grad: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> torch.Tensor:
     """∂X = G W, [M, K]."""
-    fused = _fused("input_gradient", grad, factors, backend)
+    fused = _fused("input_gradient", grad, block, backend, settings)
     if fused is not None:
         try:
-            workspace = panels.workspace_bytes()
-            return fused.weight_product("input_gradient", grad, weight, factors, None, rounding, workspace)
+            return fused.weight_product("input_gradient", grad, block, None, settings)
         except DoesNotFit:
-            return input_gradient(grad, weight, factors, rounding, backend)
-    return panels.input_gradient(grad, weight, factors, rounding, backend)
+            return input_gradient(grad, block, backend, settings)
+    return panels.input_gradient(grad, block, backend, settings)
 
 
 def parameter_gradients(
     grad: torch.Tensor,
     x: torch.Tensor,
-    factors: Factors,
-    ste: str,
-    clip_bound: float,
-    gradients: FactorGradients,
-    grad_weight: torch.Tensor | None,
+    block: Block,
+    estimator: Estimator,
+    gradients: ParameterGradients,
     backend: Backend,
+    settings: Settings,
 ) -> None:
-    """The factors' gradients, and ∂W0 if given; that one needs H itself, so it always runs over panels."""
-    fused = _fused("token_product", x, factors, backend) if grad_weight is None else None
-    if fused is not None:
-        try:
-            fused.token_product(grad, x, factors, ste, clip_bound, gradients, panels.workspace_bytes())
-        except DoesNotFit:
-            parameter_gradients(grad, x, factors, ste, clip_bound, gradients, grad_weight, backend)
+    """The parameters' gradients. That of W0 is H itself, which only panels write to memory."""
+    fused = _fused("token_product", x, block, backend, settings) if gradients.weight is None else None
+    if fused is None:
+        return panels.parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
+    try:
+        return fused.token_product(grad, x, block.factors, estimator, gradients, settings)
+    except DoesNotFit:
+        return parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
+
+
+def _fused(
+    operation: str, input: torch.Tensor, block: Block, backend: Backend, settings: Settings
+) -> FusedPasses | None:
+    """The backend's fused passes if this one is to use them."""
+    if settings.strategy == "panels":
+        return None
+    fused = backend.fused
+    if fused is None:
+        reason: str | None = "it has no fused kernels"
+    elif operation != "token_product" and block.needs_loading:
+        reason = "fused kernels read W0 where it lies, and this one has to be loaded first"
     else:
-        panels.parameter_gradients(grad, x, factors, ste, clip_bound, gradients, grad_weight, backend)
+        reason = fused.why_not(operation, input, block.factors, settings)
+        if reason is None and (settings.strategy == "fused" or fused.preferred(operation, input)):
+            return fused
+    if settings.strategy == "fused":
+        raise ValueError(f"strategy: got 'fused', which backend {backend.name!r} does not serve here: {reason}")
+    return None

@@ -14,13 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from dual_lora_kernels import (
-    available_backends,
-    set_strategy,
-    set_workspace_bytes,
-    strategy,
-    workspace_bytes,
-)
+import dual_lora_kernels
+from dual_lora_kernels import available_backends, workspace_bytes
 from dual_lora_kernels.backends import _BACKENDS
 from dual_lora_kernels.self_check.checks import NAIVE_ERRORS
 
@@ -29,7 +24,7 @@ from .accuracy import error_ratios, summary  # noqa: F401  # a fixture of every 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
 
-TRITON_ONLY = ("ahead_of_time", "architecture", "gpu_session", "static_report", "triton", "triton_fit")
+TRITON_ONLY = ("ahead_of_time", "architecture", "gpu_session", "static_report", "triton", "triton_fit", "triton_launch")
 NATIVE_ONLY = ("native", "native_library", "native_operators")
 collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in TRITON_ONLY]
 """Tests of the Triton backend and its tools import triton, those of the native one call its library; they are left out
@@ -74,7 +69,7 @@ CASES = [
 
 def pytest_report_header() -> list[str]:
     """Which backends are tested, and why others are not."""
-    missing = {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+    missing = {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
     present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
     return ["backends: " + ", ".join(present), *(f"no {name}: {reason}" for name, reason in missing.items() if reason)]
 
@@ -122,16 +117,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=CASES, ids=lambda case: case.name if case.strategy == "auto" else "-".join(case))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend of this installation, with its kernels over panels and fused where it has both."""
-    before = strategy()
-    set_strategy(request.param.strategy)
-    yield request.param.name
-    set_strategy(before)
+    with dual_lora_kernels.settings(strategy=request.param.strategy):
+        yield request.param.name
 
 
 @pytest.fixture
-def small_workspace():
+def small_workspace() -> Iterator[int]:
     """A workspace that forces many panels and chunks on small problems; yields its bytes."""
-    before = workspace_bytes()
-    set_workspace_bytes(16 * 1024)
-    yield workspace_bytes()
-    set_workspace_bytes(before)
+    with dual_lora_kernels.settings(workspace_bytes=16 * 1024):
+        yield workspace_bytes()
+
+
+@pytest.fixture(autouse=True)
+def _settings_stay() -> Iterator[None]:
+    """What a test sets is as before after it."""
+    with dual_lora_kernels.settings():
+        yield

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
-from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, base_of
 from dual_lora_kernels.self_check.problems import exact
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
@@ -93,6 +93,11 @@ class Case(Described):
     in_place: bool
 
     @property
+    def block(self) -> Block:
+        """What the call computes W of."""
+        return Block(base_of(self.weight), self.factors, self.rounding, self.out_dtype, self.row0, self.col0)
+
+    @property
     def expected(self) -> torch.Tensor:
         """The reference's W."""
         return reference.effective_weight(
@@ -137,20 +142,17 @@ class GradientCase(Described):
     """H, how to differentiate, and the gradients that are wanted, which hold numbers already."""
 
     h: torch.Tensor
-    ste: str
-    clip_bound: float
-    gradients: FactorGradients
+    estimator: Estimator
+    gradients: ParameterGradients
     workspace: int
 
     def expected(self, factors: Factors) -> list[torch.Tensor | None]:
         """What the reference adds to each gradient; where all is exact, fp64 has the same numbers."""
         A, B, C, D = (factor.double() for factor in factors[:4])
         p, q = reference.rank_product(B, A), reference.rank_product(D, C)
-        grad_p, grad_q = reference.product_gradients(
-            self.h.double(), p, q, factors.scale.double(), self.ste, self.clip_bound
-        )
+        grad_p, grad_q = reference.product_gradients(self.h.double(), p, q, factors.scale.double(), *self.estimator)
         added = (B.t() @ grad_p, grad_p @ A.t(), D.t() @ grad_q, grad_q @ C.t())
-        pairs = zip(self.gradients, added, strict=True)
+        pairs = zip(self.gradients[:4], added, strict=True)
         return [None if old is None else (old.double() + new).to(old.dtype) for old, new in pairs]
 
 
@@ -167,9 +169,10 @@ def gradient_cases(draw: Any, factors: Factors) -> GradientCase:
     wanted = draw(st.lists(st.booleans(), min_size=4, max_size=4))
     return GradientCase(
         h=place(integers(n, k), draw(st.sampled_from(LAYOUTS))),
-        ste=draw(st.sampled_from(STRAIGHT_THROUGH_ESTIMATORS)),
-        clip_bound=draw(st.sampled_from([1.0, 0.25, 1e9])),
-        gradients=FactorGradients(
+        estimator=Estimator(
+            draw(st.sampled_from(STRAIGHT_THROUGH_ESTIMATORS)), draw(st.sampled_from([1.0, 0.25, 1e9]))
+        ),
+        gradients=ParameterGradients(
             *(
                 place(integers(*factor.shape), draw(st.sampled_from(LAYOUTS))) if wants else None
                 for factor, wants in zip(factors[:4], wanted, strict=True)

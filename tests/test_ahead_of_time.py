@@ -13,9 +13,11 @@ import torch
 
 from benchmarks.ahead_of_time import compile_launch
 from benchmarks.static_report import SHARED_LIMIT_KIB
-from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, base_of
 from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture
+from dual_lora_kernels.backends.triton.arguments import Hashes
+from dual_lora_kernels.backends.triton.launch import Launch
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -30,7 +32,7 @@ def _launches(
     dtype: torch.dtype,
     factor_dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
-) -> Iterator[launches.Launch]:
+) -> Iterator[Launch]:
     """The kernels for M, N, K, r1, r2 = `sizes`, with a bias, splits and estimators; fused ones up to their rank."""
     m, n, k, r1, r2 = sizes
     chip = Architecture(family, 132)
@@ -43,22 +45,23 @@ def _launches(
         _meta(r1, k, dtype=factor_dtype), _meta(n, r1, dtype=factor_dtype),
         _meta(r2, k, dtype=factor_dtype), _meta(n, r2, dtype=factor_dtype), _meta(dtype=FP32),
     )  # fmt: skip
-    gradients = FactorGradients(*factors[:4])
-    hashes = launches.Hashes(_meta(8, dtype=torch.int32), _meta(8, dtype=torch.int32))
-    yield launches.effective_weight(
-        _meta(n, k, dtype=dtype), weight, factors, 3, 5, "dither", hashes, shapes.effective_weight, chip
-    )
+    gradients, partials = ParameterGradients(*factors[:4]), (up, down)
+    block = Block(base_of(weight), factors, "dither", dtype, 3, 5)
+    hashes = Hashes(_meta(8, dtype=torch.int32), _meta(8, dtype=torch.int32))
+    yield launches.effective_weight(_meta(n, k, dtype=dtype), weight, block, hashes, shapes.effective_weight, chip)
     yield launches.factor_gradients(
-        _meta(n, k, dtype=wide), factors, "xnor", 1.0, gradients, dtype, up, down, shapes.factor_gradients, chip
+        _meta(n, k, dtype=wide), block, Estimator("xnor", 1.0), gradients, partials, shapes.factor_gradients, chip
     )
     if max(r1, r2) <= shapes.fused_rank:
         shape = shapes.weight_product("forward", m, n, k)
         out, bias = _meta(1, m, n, dtype=dtype), _meta(n, dtype=dtype)
-        yield launches.weight_product(out, x, weight, factors, bias, "dither", False, hashes, shape, chip)
+        yield launches.weight_product("forward", out, x, block, bias, hashes, shape, chip)
         shape = shapes.weight_product("input_gradient", m, k, n)
         parts = _meta(2, m, k, dtype=wide)
-        yield launches.weight_product(parts, grad, weight, factors, None, "nearest", True, hashes, shape, chip)
-        yield launches.token_product(grad, x, factors, "clip", 1.0, gradients, up, down, shapes.token_product, chip)
+        nearest = block._replace(rounding="nearest")
+        yield launches.weight_product("input_gradient", parts, grad, nearest, None, hashes, shape, chip)
+        estimator = Estimator("clip", 1.0)
+        yield launches.token_product(grad, x, factors, estimator, gradients, partials, shapes.token_product, chip)
 
 
 @pytest.mark.parametrize(

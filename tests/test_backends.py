@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from dual_lora_kernels.backends import triton as triton_backend
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.self_check.problems import gaussian
-
-
-@pytest.fixture(autouse=True)
-def _strategy() -> Iterator[None]:
-    before = strategy()
-    yield
-    set_strategy(before)
 
 
 def _resolve(name: str) -> str:
@@ -48,8 +40,8 @@ def _reasons(name: str) -> dict[str, str | None]:
 
 def test_candidates_come_in_order_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_import_failure", lambda: None)
-    monkeypatch.setattr(triton_backend.TritonBackend, "supports", lambda *_: None)
-    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: "no compiler")
+    monkeypatch.setattr(triton_backend.TritonBackend, "why_not", lambda *_: None)
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: "no compiler")
     reasons = {"triton": "Triton's interpreter is for tests", "native": "no compiler", "eager": None}
     assert list(_reasons("auto").items()) == list(reasons.items())
     assert _reasons("triton") == {"triton": None}, "reserved, and so for those who name it"
@@ -59,9 +51,9 @@ def test_a_call_that_is_served_asks_no_further_backend(monkeypatch: pytest.Monke
     def fail(_: object) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: None)
     monkeypatch.setattr(NativeBackend, "description", lambda _: "a stand-in")
-    monkeypatch.setattr(EagerBackend, "unavailable", fail)
+    monkeypatch.setattr(EagerBackend, "why_unavailable", fail)
     assert _resolve("auto") == "native"
 
 

@@ -48,15 +48,6 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
     return run
 
 
-@pytest.fixture
-def _settings_stay() -> Iterator[None]:
-    before = backends.default_backend(), dual_lora_kernels.strategy(), dual_lora_kernels.workspace_bytes()
-    yield
-    set_default_backend(before[0])
-    set_strategy(before[1])
-    set_workspace_bytes(before[2])
-
-
 def _subprocess(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dual_lora_kernels.cli", *arguments]
     changing = ("DUAL_LORA_CPU_CAPABILITY", "TRITON_INTERPRET")
@@ -112,7 +103,7 @@ def test_text_and_json_agree(doctor: Doctor) -> None:
 
 def test_a_backend_that_is_not_available_shows_its_reason(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_import_failure", lambda: "triton is missing: pip install triton")
-    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: "there was no compiler")
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: "there was no compiler")
     text, facts = doctor()
     assert "triton: no, triton is missing: pip install triton" in text
     assert "native: no, there was no compiler" in text
@@ -121,7 +112,7 @@ def test_a_backend_that_is_not_available_shows_its_reason(doctor: Doctor, monkey
 
 
 def test_a_backend_after_the_one_that_runs_stands_by(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: None)
     monkeypatch.setattr(NativeBackend, "description", lambda _: "a stand-in")
     text, _ = doctor()
     assert "native: chosen" in text
@@ -129,12 +120,12 @@ def test_a_backend_after_the_one_that_runs_stands_by(doctor: Doctor, monkeypatch
 
 
 def test_dtypes_that_disagree_are_told_apart(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def supports(_: object, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+    def why_not(_: object, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         return "it has no fp32" if compute_dtype == torch.float32 else None
 
-    monkeypatch.setattr(NativeBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: None)
     monkeypatch.setattr(NativeBackend, "description", lambda _: "a stand-in")
-    monkeypatch.setattr(NativeBackend, "supports", supports)
+    monkeypatch.setattr(NativeBackend, "why_not", why_not)
     text, facts = doctor()
     assert "bf16, fp64 layers run on 'native'" in text
     assert "fp32 layers run on 'eager'" in text
@@ -148,9 +139,9 @@ def test_every_device_that_pytorch_can_use_is_listed(doctor: Doctor, monkeypatch
         monkeypatch.setattr(module, "device_count", lambda: 2)
         monkeypatch.setattr(module, "get_device_name", lambda index, name=name: f"A {name} device, number {index}")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(TritonBackend, "unavailable", lambda _: None)
+    monkeypatch.setattr(TritonBackend, "why_unavailable", lambda _: None)
     monkeypatch.setattr(TritonBackend, "description", lambda _: "a stand-in")
-    monkeypatch.setattr(TritonBackend, "supports", lambda _, device, *__: None if device.index else "too old")
+    monkeypatch.setattr(TritonBackend, "why_not", lambda _, device, *__: None if device.index else "too old")
     text, facts = doctor()
     runs = {device["device"]: device["layers"][0]["backend"] for device in facts["devices"]}
     assert runs.pop("cpu") in ("native", "eager")
@@ -161,7 +152,6 @@ def test_every_device_that_pytorch_can_use_is_listed(doctor: Doctor, monkeypatch
     assert "bf16, fp32 layers run on" in text.partition("\nmps: ")[2], "MPS has no fp64"
 
 
-@pytest.mark.usefixtures("_settings_stay")
 def test_settings_that_change_what_runs_are_shown(doctor: Doctor) -> None:
     text, facts = doctor()
     assert "strategy auto, workspace 32 MiB" in text
@@ -178,7 +168,7 @@ def test_a_machine_that_no_backend_serves_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backends, "_BACKENDS", {"eager": EagerBackend()})
-    monkeypatch.setattr(EagerBackend, "supports", lambda *_: "it is asleep")
+    monkeypatch.setattr(EagerBackend, "why_not", lambda *_: "it is asleep")
     assert cli.main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "layers cannot run: no backend serves them" in text

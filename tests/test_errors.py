@@ -24,9 +24,8 @@ from dual_lora_kernels import (
     merge_dual_lora,
     set_default_backend,
     set_workspace_bytes,
-    workspace_bytes,
 )
-from dual_lora_kernels.backends import default_backend
+from dual_lora_kernels.runtime_settings import current_settings, default_backend
 from dual_lora_kernels.self_check.problems import gaussian
 
 M, N, K, R1, R2 = 3, 5, 4, 2, 3
@@ -46,14 +45,10 @@ def names(name: str, value: object) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _settings_stay() -> Iterator[None]:
-    """A refused setting must not stick."""
-    before = default_backend(), workspace_bytes()
+def _refused_settings_do_not_stick() -> Iterator[None]:
+    before = default_backend(), current_settings()
     yield
-    after = default_backend(), workspace_bytes()
-    set_default_backend(before[0])
-    set_workspace_bytes(before[1])
-    assert after == before
+    assert (default_backend(), current_settings()) == before
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from dual_lora_kernels import DualLoraLinear, DualLoraWarmup, dual_lora_linear
 from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, gaussian, relative_error
 
 OPS = torch.ops.dual_lora_kernels
+OPTIONS = ("dither", "auto", "auto", 1 << 25)
+"""Rounding, backend, strategy and workspace."""
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +26,12 @@ def _fresh_compiler() -> None:
 def _calls(problem: Problem) -> dict[str, tuple[object, ...]]:
     factors = tuple(problem.factors)
     return {
-        "linear": (problem.x, problem.weight, *factors, problem.bias, "dither", "auto"),
+        "linear": (problem.x, problem.weight, factors, problem.bias, *OPTIONS),
         "gradients": (
-            problem.grad, problem.x, None, *factors, "clip", 1.0, "dither", [True, True, False, True, True, True],
-            torch.float32, "auto",
+            problem.grad, problem.x, problem.weight, factors, [True, True, False, True, True, True], "clip", 1.0,
+            *OPTIONS,
         ),
-        "merge_": (problem.weight.clone(), *factors, "dither", "auto"),
+        "merge_": (problem.weight.clone(), factors, *OPTIONS),
     }  # fmt: skip
 
 

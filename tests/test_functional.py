@@ -14,7 +14,7 @@ from dual_lora_kernels import (
     dual_lora_linear,
     dual_lora_merge_,
     reference,
-    set_strategy,
+    settings,
     strategy,
 )
 from dual_lora_kernels.self_check.problems import FUSED_RANK, Problem, autograd_gradients, gaussian, relative_error
@@ -163,7 +163,7 @@ def _recorded_wishes(asked: list[list[bool]]):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "dual_lora_kernels" and func._opname == "gradients":
-                asked.append(list(args[-3]))
+                asked.append(list(args[4]))
             return func(*args, **(kwargs or {}))
 
     return Recorder()
@@ -213,12 +213,10 @@ def test_autocast(device: torch.device, backend: str, dtype: torch.dtype) -> Non
     """Computes in autocast's dtype from fp32 tensors, and gradients come back in fp32; fp64 is left alone."""
     problem = gaussian(16, 24, 20, 4, 4, device=device)
     leaf = problem.requiring_grad()
-    mode = strategy()
     with torch.autocast(device.type, dtype=dtype):
         out = dual_lora_linear(leaf.x, leaf.weight, *leaf.factors, leaf.bias, backend=backend)
-        set_strategy("auto")  # no fused kernel accumulates in two dtypes
-        double = dual_lora_linear(leaf.x.double(), leaf.weight, *leaf.factors, leaf.bias, backend=backend)
-    set_strategy(mode)
+        with settings(strategy="auto"):  # no fused kernel accumulates in two dtypes
+            double = dual_lora_linear(leaf.x.double(), leaf.weight, *leaf.factors, leaf.bias, backend=backend)
     assert double.dtype == torch.float64
     low = problem.requiring_grad()
     expected = dual_lora_linear(low.x.to(dtype), low.weight, *low.factors, low.bias, backend=backend)

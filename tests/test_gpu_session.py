@@ -20,7 +20,7 @@ from benchmarks import candidates, gpu_session, layer_cells, numerical_suite, ro
 from benchmarks.budget import Deadline, Guard, Stopped, part_seconds
 from benchmarks.kernel_calls import KERNELS, Operands
 from benchmarks.rooflines import Ceilings, Point, Reached, Work
-from dual_lora_kernels import backends
+from dual_lora_kernels import set_default_backend
 from dual_lora_kernels.backends.triton import shapes
 from dual_lora_kernels.backends.triton.architecture import INTERPRETED_FAMILY, Architecture
 
@@ -327,7 +327,7 @@ def test_a_suite_that_runs_out_of_time_is_interrupted_and_reports(tmp_path: Path
 
 def test_a_cell_without_peft_measures_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it fails
-    monkeypatch.setattr(backends, "_default", "eager")
+    set_default_backend("eager")
     found = layer_cells.measure(layer_cells.Cell("decode", "plain", 32, 48, 3), torch.device("cpu"))
     assert set(found["to_floor"]) == {"auto", "panels", "naive"}
     assert {name: reason.partition(":")[0] for name, reason in found["left_out"].items()} == {

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dual_lora_kernels.backends import Settings
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.backends.grid import TILE, RankProducts, parts, tile_count
 from dual_lora_kernels.self_check.problems import Problem, gaussian, relative_error
@@ -93,5 +94,5 @@ def test_a_tile_at_a_time_is_the_least_workspace() -> None:
     problem = gaussian(1, 700, 900, 4, 4)
     outs = [torch.empty(700, 900) for _ in range(2)]
     for out, workspace in zip(outs, (1, 1 << 30), strict=True):
-        EagerBackend().effective_weight(out, problem.weight, problem.factors, 5, 70, "dither", workspace)
+        EagerBackend().effective_weight(out, problem.block()._replace(row0=5, col0=70), Settings("auto", workspace))
     assert torch.equal(*outs)

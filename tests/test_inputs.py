@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +21,6 @@ from dual_lora_kernels import (
     dual_lora_linear,
     dual_lora_parameter_groups,
     set_workspace_bytes,
-    workspace_bytes,
 )
 from dual_lora_kernels.self_check.problems import Problem, gaussian
 
@@ -63,14 +62,6 @@ def test_no_numpy_number_is_kept() -> None:
     assert torch.load(file, weights_only=True) == states
 
 
-@pytest.fixture
-def _workspace_stays() -> Iterator[None]:
-    before = workspace_bytes()
-    yield
-    set_workspace_bytes(before)
-
-
-@pytest.mark.usefixtures("_workspace_stays")
 def test_the_doctor_prints_numpys_workspace() -> None:
     set_workspace_bytes(np.int64(2**24))
     assert json.loads(json.dumps(dataclasses.asdict(doctor.examine())))["workspace_bytes"] == 2**24

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from benchmarks.memory import AllocationTrace, peak_temporary_bytes
-from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, set_workspace_bytes, strategy, workspace_bytes
+from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, settings, strategy
 from dual_lora_kernels.self_check.problems import Problem, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
@@ -22,11 +24,9 @@ HASHES = 4 * 8 * (ROWS + COLUMNS)
 
 
 @pytest.fixture(autouse=True)
-def _small_workspace():
-    before = workspace_bytes()
-    set_workspace_bytes(WORKSPACE)
-    yield
-    set_workspace_bytes(before)
+def _small_workspace() -> Iterator[None]:
+    with settings(workspace_bytes=WORKSPACE):
+        yield
 
 
 def _problem(dtype: torch.dtype, device: torch.device) -> Problem:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
-from dual_lora_kernels.backends import FactorGradients, Factors
+from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, Settings, base_of
 from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
@@ -23,7 +22,7 @@ from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 from .native_cases import DTYPES, LAYOUTS, SIZES, Case, bits, cases, check, examples, gradient_cases, numbers, place
 
 NATIVE = NativeBackend()
-ROOM = 1 << 24
+ROOM = Settings("auto", 1 << 24)
 SPECIAL = [torch.nan, torch.inf, -torch.inf, -0.0]
 names = st.sampled_from(["dither", "nearest"])
 
@@ -37,28 +36,32 @@ def threads() -> Iterator[None]:
 
 def _weight(problem: Problem, dtype: torch.dtype, rounding: str = "dither") -> torch.Tensor:
     out = torch.empty_like(problem.weight, dtype=dtype)
-    NATIVE.effective_weight(out, problem.weight, problem.factors, 0, 0, rounding, ROOM)
+    NATIVE.effective_weight(out, _block(problem, dtype, rounding), ROOM)
     return out
 
 
+def _block(problem: Problem, dtype: torch.dtype, rounding: str = "dither") -> Block:
+    return problem.block(rounding)._replace(dtype=dtype)
+
+
 def _gradients(
-    problem: Problem, h: torch.Tensor, ste: str = "clip", workspace: int = ROOM, **weight: Any
-) -> FactorGradients:
-    """The four gradients from H; `weight` names what else `weight_and_factor_gradients` takes."""
-    dtype = h.dtype
-    gradients = FactorGradients(*(torch.zeros_like(factor, dtype=dtype) for factor in problem.factors[:4]))
-    if weight:
-        options = (0, 0, "dither", ste, 1.0, gradients, workspace)
-        NATIVE.weight_and_factor_gradients(weight["out"], problem.weight, h, problem.factors, *options)
+    problem: Problem, h: torch.Tensor, ste: str = "clip", settings: Settings = ROOM, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The four gradients from H; with `out`, W goes there in the same sweep."""
+    gradients = tuple(torch.zeros_like(factor, dtype=h.dtype) for factor in problem.factors[:4])
+    options = (Estimator(ste, 1.0), ParameterGradients(*gradients), settings)
+    if out is None:
+        NATIVE.factor_gradients(h, problem.block(), *options)
     else:
-        NATIVE.factor_gradients(h, problem.factors, 0, 0, ste, 1.0, gradients, dtype, workspace)
+        NATIVE.weight_and_factor_gradients(out, h, _block(problem, out.dtype), *options)
     return gradients
 
 
 def _few_tokens(
     x: torch.Tensor, weight: torch.Tensor | None, factors: Factors, bias: torch.Tensor | None, rounding: str
 ) -> torch.Tensor:
-    return NATIVE.fused.weight_product("forward", x, weight, factors, bias, rounding, ROOM)
+    block = Block(base_of(weight), factors, rounding, x.dtype)
+    return NATIVE.fused.weight_product("forward", x, block, bias, ROOM)
 
 
 # ---- exact numbers
@@ -70,7 +73,7 @@ def test_exact_weights(case: Case) -> None:
     """W has the reference's bits, and nothing around it changes."""
     expected, out = case.expected, case.out()
     before = out._base.clone()
-    NATIVE.effective_weight(out, case.weight, case.factors, case.row0, case.col0, case.rounding, ROOM)
+    NATIVE.effective_weight(out, case.block, ROOM)
     check(out, before, expected)
 
 
@@ -84,15 +87,13 @@ def test_exact_gradients(data: st.DataObject, case: Case) -> None:
     expected_weight, expected = case.expected, gradients.expected(case.factors)
     h = gradients.h
     out = {"nowhere": None, "beside H": case.out(), "in H": h}[target]
-    written = [out, *gradients.gradients]
+    written = [out, *gradients.gradients[:4]]
     before = [None if tensor is None else tensor._base.clone() for tensor in written]
-    options = (gradients.ste, gradients.clip_bound, gradients.gradients)
+    options = (case.block, gradients.estimator, gradients.gradients, Settings("auto", gradients.workspace))
     if out is None:
-        NATIVE.factor_gradients(h, case.factors, case.row0, case.col0, *options, case.out_dtype, gradients.workspace)
+        NATIVE.factor_gradients(h, *options)
     else:
-        NATIVE.weight_and_factor_gradients(
-            out, case.weight, h, case.factors, case.row0, case.col0, case.rounding, *options, gradients.workspace
-        )
+        NATIVE.weight_and_factor_gradients(out, h, *options)
     for tensor, old, truth in zip(written, before, [expected_weight, *expected], strict=True):
         if tensor is not None:
             check(tensor, old, truth)
@@ -129,7 +130,7 @@ def test_large_outputs(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     problem = exact(1, *shape, 3, 5, dtype=dtype)
     expected = reference.effective_weight(problem.weight, *problem.factors, dtype, "dither")
     assert torch.equal(bits(_weight(problem, dtype)), bits(expected))
-    NATIVE.effective_weight(problem.weight, problem.weight, problem.factors, 0, 0, "dither", ROOM)
+    NATIVE.effective_weight(problem.weight, problem.block(), ROOM)
     assert torch.equal(bits(problem.weight), bits(expected))
 
 
@@ -141,8 +142,8 @@ def test_empty_shapes(n: int, k: int, r1: int, r2: int) -> None:
     problem = exact(3, n, k, r1, r2)
     assert torch.equal(_weight(problem, torch.float32), problem.weight)
     out, h = torch.empty_like(problem.weight), torch.ones(n, k)
-    for workspace in (0, ROOM):
-        assert all(gradient.eq(0).all() for gradient in _gradients(problem, h, workspace=workspace, out=out)[:2])
+    for settings in (Settings("auto", 0), ROOM):
+        assert all(gradient.eq(0).all() for gradient in _gradients(problem, h, settings=settings, out=out)[:2])
     assert torch.equal(out, problem.weight)
     product = _few_tokens(problem.x, problem.weight, problem.factors, problem.bias, "dither")
     assert torch.equal(product, problem.x @ problem.weight.t() + problem.bias)
@@ -173,7 +174,7 @@ def test_any_bits_in_the_weight(
     weight = patterns.view(dtypes[0])
     expected = reference.effective_weight(weight, *problem.factors, dtypes[1], rounding)
     out = torch.empty(n, k, dtype=dtypes[1])
-    NATIVE.effective_weight(out, weight, problem.factors, 0, 0, rounding, ROOM)
+    NATIVE.effective_weight(out, Block(base_of(weight), problem.factors, rounding, out.dtype), ROOM)
     assert torch.equal(numbers(out), numbers(expected))
 
 
@@ -184,7 +185,7 @@ def test_no_update_keeps_every_weight(dtype: torch.dtype) -> None:
     problem = exact(1, 256, 256, 2, 2)
     problem.B.fill_(-1.0), problem.A.fill_(1.0)
     out = torch.empty_like(weight)
-    NATIVE.effective_weight(out, weight, problem.factors, 7, 2**40, "dither", ROOM)
+    NATIVE.effective_weight(out, Block(base_of(weight), problem.factors, "dither", dtype, 7, 2**40), ROOM)
     assert torch.equal(numbers(out), numbers(weight))
     assert torch.equal(bits(out)[weight != 0], bits(weight)[weight != 0])
 
@@ -253,14 +254,14 @@ def test_a_wide_scale_multiplies_a_wide_h() -> None:
 def test_threads_do_not_change_bits(threads: None, dtype: torch.dtype) -> None:
     """Many units, few units, and several sections of partial sums."""
     factor_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    for n, k, r1, r2, workspace in ((500, 1300, 16, 24, ROOM), (90, 70, 3, 2, ROOM), (300, 900, 16, 16, 1 << 18)):
+    for n, k, r1, r2, workspace in ((500, 1300, 16, 24, 1 << 24), (90, 70, 3, 2, 1 << 24), (300, 900, 16, 16, 1 << 18)):
         problem = gaussian(5, n, k, r1, r2, dtype=dtype, factor_dtype=factor_dtype)
         h = problem.grad.t().to(factor_dtype) @ problem.x.to(factor_dtype)
         results = []
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             out = torch.empty(n, k, dtype=dtype)
-            gradients = _gradients(problem, h.clone(), workspace=workspace, out=out)
+            gradients = _gradients(problem, h.clone(), settings=Settings("auto", workspace), out=out)
             tokens = _few_tokens(problem.x, problem.weight, problem.factors, problem.bias, "dither")
             results.append([_weight(problem, dtype), out, *gradients, tokens])
         for other in results[1:]:
@@ -280,10 +281,9 @@ def test_every_kernel_and_block_has_one_weight(
     (row, stop), (col, last) = (
         sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))) for size in (n, k)
     )
-    part = problem.factors.rows(row, stop).columns(col, last)
-    block = torch.empty(stop - row, last - col, dtype=dtype)
-    NATIVE.effective_weight(block, problem.weight[row:stop, col:last], part, row, col, "dither", ROOM)
-    assert torch.equal(bits(block), whole[row:stop, col:last])
+    part = torch.empty(stop - row, last - col, dtype=dtype)
+    NATIVE.effective_weight(part, problem.block().rows(row, stop).columns(col, last), ROOM)
+    assert torch.equal(bits(part), whole[row:stop, col:last])
     for wide in {factor_dtype, torch.float64}:
         out, h = torch.empty(n, k, dtype=dtype), torch.ones(n, k, dtype=wide)
         _gradients(problem, h, out=out)

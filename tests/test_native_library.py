@@ -29,7 +29,7 @@ def test_a_truncated_library_is_not_loaded(package: Path, share: float) -> None:
     """Loading it would end the process with a bus error."""
     data = LIBRARY.read_bytes()
     (package / LIBRARY.name).write_bytes(data[: int(share * len(data))])
-    reason = native.NativeBackend().unavailable()
+    reason = native.NativeBackend().why_unavailable()
     assert reason is not None
     assert "library is damaged" in reason or "cannot be loaded" in reason
 
@@ -40,12 +40,12 @@ def test_a_library_that_ends_in_zeros_is_not_loaded(package: Path, share: float)
     data = LIBRARY.read_bytes()
     start = int(share * len(data))
     (package / LIBRARY.name).write_bytes(data[:start] + bytes(len(data) - start))
-    assert "library is damaged" in str(native.NativeBackend().unavailable())
+    assert "library is damaged" in str(native.NativeBackend().why_unavailable())
 
 
 def test_a_library_that_cannot_be_read_is_no_traceback(package: Path) -> None:
     (package / LIBRARY.name).mkdir()
-    assert "library cannot be loaded" in str(native.NativeBackend().unavailable())
+    assert "library cannot be loaded" in str(native.NativeBackend().why_unavailable())
 
 
 def test_another_library_is_no_traceback(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_another_library_is_no_traceback(package: Path, monkeypatch: pytest.Monk
     shutil.copy(LIBRARY, package)
     monkeypatch.setattr("torch.ops.load_library", lambda _: None)  # twice in a process is one too many
     monkeypatch.setattr(native, "_ops", SimpleNamespace)
-    assert "library is another version's" in str(native.NativeBackend().unavailable())
+    assert "library is another version's" in str(native.NativeBackend().why_unavailable())
 
 
 def test_a_whole_library_is_loaded(package: Path) -> None:
@@ -64,6 +64,6 @@ def test_a_whole_library_is_loaded(package: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'"text"', b"null"])
 def test_a_damaged_build_record_is_no_traceback(package: Path, content: bytes) -> None:
     (package / RECORD).write_bytes(content)
-    reason = native.NativeBackend().unavailable()
+    reason = native.NativeBackend().why_unavailable()
     assert reason is not None
     assert "not in this installation (the record of its build is damaged, too)" in reason

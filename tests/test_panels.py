@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_lora_kernels import dual_lora_merge_, panels, reference, set_strategy, set_workspace_bytes, strategy
-from dual_lora_kernels.backends import Backend, Factors, resolve_backend
+from dual_lora_kernels import dual_lora_merge_, panels, reference, set_strategy, set_workspace_bytes, settings, strategy
+from dual_lora_kernels.backends import Backend, Block, Settings, resolve_backend
+from dual_lora_kernels.runtime_settings import current_settings
 from dual_lora_kernels.self_check.problems import (
     FUSED_RANK,
     Problem,
@@ -40,12 +41,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _blockwise(problem: Problem, backend: Backend, dtype: torch.dtype, rounding: str, rows: int, cols: int):
     """W built block by block, of the given sizes."""
     n, k = problem.weight.shape
+    whole = problem.block(rounding)._replace(dtype=dtype)
     out = torch.empty(n, k, dtype=dtype, device=problem.weight.device)
     for n0 in range(0, n, rows):
         for k0 in range(0, k, cols):
-            part = problem.factors.rows(n0, n0 + rows).columns(k0, k0 + cols)
-            block = (slice(n0, n0 + rows), slice(k0, k0 + cols))
-            backend.effective_weight(out[block], problem.weight[block], part, n0, k0, rounding, GENEROUS)
+            block = whole.rows(n0, n0 + rows).columns(k0, k0 + cols)
+            backend.effective_weight(out[n0 : n0 + rows, k0 : k0 + cols], block, Settings("auto", GENEROUS))
     return out
 
 
@@ -109,11 +110,8 @@ def test_exact_passes_over_any_panels(
     problem = exact(*shape, device=device)
     output, *expected = autograd_gradients(problem, ste=ste)
     for workspace in workspaces:
-        set_workspace_bytes(workspace)
-        try:
+        with settings(workspace_bytes=workspace):
             computed = _passes(problem, backend, ste)
-        finally:
-            set_workspace_bytes(panels.DEFAULT_WORKSPACE_BYTES)
         names = ("output", *reference.Gradients._fields)
         for name, value, truth in zip(names, computed, (output, *expected), strict=True):
             assert torch.equal(value, truth), (name, workspace)
@@ -122,12 +120,11 @@ def test_exact_passes_over_any_panels(
 def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "dither") -> list[torch.Tensor]:
     """(output, *gradients) by the operators, in the order of `reference.Gradients`."""
     ops = torch.ops.dual_lora_kernels
-    factors = tuple(problem.factors)
-    output = ops.linear(problem.x, problem.weight, *factors, problem.bias, rounding, backend)
+    factors, options = tuple(problem.factors), (rounding, backend, *current_settings())
+    output = ops.linear(problem.x, problem.weight, factors, problem.bias, *options)
 
     def gradients(*wanted: bool) -> list[torch.Tensor]:
-        options = (ste, 1.0, rounding, list(wanted), problem.weight.dtype, backend)
-        return ops.gradients(problem.grad, problem.x, problem.weight, *factors, *options)
+        return ops.gradients(problem.grad, problem.x, problem.weight, factors, list(wanted), ste, 1.0, *options)
 
     # The weight's by itself: with it, the factors' gradients never come from a fused kernel.
     grad_x, *grads = gradients(True, True, True, True, True, False)
@@ -170,9 +167,9 @@ def test_merging_writes_the_weights_that_the_forward_pass_uses(
     chosen = _backend(backend, problem)
     original: Callable[..., None] = chosen.effective_weight
 
-    def spy(out: torch.Tensor, weight: torch.Tensor, factors: Factors, row0: int, col0: int, *rest: object) -> None:
-        original(out, weight, factors, row0, col0, *rest)
-        used.append((row0, col0, out.clone()))
+    def spy(out: torch.Tensor, block: Block, settings: Settings) -> None:
+        original(out, block, settings)
+        used.append((*block.origin, out.clone()))
 
     monkeypatch.setattr(chosen, "effective_weight", spy)
     _passes(problem, backend)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dual_lora_kernels import backends, cli, panels, self_check, strategy, workspace_bytes
-from dual_lora_kernels.backends import FactorGradients
+from dual_lora_kernels.backends import Block, Estimator, ParameterGradients, Settings
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.self_check import Outcome, checks
 from dual_lora_kernels.self_check.checks import CHECKS
@@ -38,9 +38,9 @@ class Faulty(EagerBackend):
     def fault(self, out: torch.Tensor, weight: torch.Tensor | None) -> None:
         """Spoil W."""
 
-    def effective_weight(self, out: torch.Tensor, weight: torch.Tensor | None, *rest: Any) -> None:
-        super().effective_weight(out, weight, *rest)
-        self.fault(out, weight)
+    def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
+        super().effective_weight(out, block, settings)
+        self.fault(out, block.dense_base)
 
 
 class BlockDependent(Faulty):
@@ -56,8 +56,9 @@ class OtherMerge(Faulty):
 
 
 class OtherSign(Faulty):
-    def effective_weight(self, out: Any, weight: Any, factors: Any, *rest: Any) -> None:
-        super().effective_weight(out, weight, factors._replace(D=-factors.D), *rest)
+    def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
+        factors = block.factors._replace(D=-block.factors.D)
+        super().effective_weight(out, block._replace(factors=factors), settings)
 
 
 class Imprecise(Faulty):
@@ -79,34 +80,33 @@ class Raising(Faulty):
 class NotANumber(Faulty):
     """Gradients of bf16 layers, and no others, are NaN."""
 
-    def factor_gradients(self, h: torch.Tensor, factors: Any, *rest: Any) -> None:
-        super().factor_gradients(h, factors, *rest)
-        gradients, compute_dtype = rest[4:6]
-        if compute_dtype == torch.bfloat16 and gradients.wanted:
+    def factor_gradients(self, h: Any, block: Block, estimator: Any, gradients: Any, settings: Settings) -> None:
+        super().factor_gradients(h, block, estimator, gradients, settings)
+        if block.dtype == torch.bfloat16 and gradients.A is not None:
             gradients.A.fill_(math.nan)
 
 
 class WrongInDefaultLayers(Faulty):
     """Gradients are wrong in a bf16 layer with fp32 factors, and in no other."""
 
-    def factor_gradients(self, h: torch.Tensor, factors: Any, *rest: Any) -> None:
-        super().factor_gradients(h, factors, *rest)
-        gradients, compute_dtype = rest[4:6]
-        if compute_dtype == torch.bfloat16 and factors.A.dtype == torch.float32 and gradients.wanted:
+    def factor_gradients(self, h: Any, block: Block, estimator: Any, gradients: Any, settings: Settings) -> None:
+        super().factor_gradients(h, block, estimator, gradients, settings)
+        is_default = block.dtype == torch.bfloat16 and block.factors.A.dtype == torch.float32
+        if is_default and gradients.A is not None:
             gradients.A.mul_(-3)
 
 
 class FusedFewTokens:
     """A kernel of its own for the forward pass of a few tokens, as the native backend has, that is an ulp off."""
 
-    def serves(self, operation: str, *rest: Any) -> str | None:
+    def why_not(self, operation: str, *rest: Any) -> str | None:
         return None if operation == "forward" else "only its forward pass has a kernel of its own"
 
     def preferred(self, operation: str, input: torch.Tensor) -> bool:
         return input.shape[0] <= 8
 
-    def weight_product(self, operation: str, input: torch.Tensor, weight: Any, factors: Any, bias: Any, *_: Any) -> Any:
-        y = panels.forward(input, weight, factors, bias, "dither", EagerBackend())
+    def weight_product(self, operation: str, input: torch.Tensor, block: Block, bias: Any, settings: Settings) -> Any:
+        y = panels.forward(input, block, bias, EagerBackend(), settings)
         return y if input.dtype == torch.bfloat16 else y.nextafter(torch.full_like(y, math.inf))
 
 
@@ -117,13 +117,17 @@ class WrongFewTokens(Faulty):
 class FusedTokenProduct(FusedFewTokens):
     """A kernel for the factors' gradients alone, which adds them the wrong way round."""
 
-    def serves(self, operation: str, *rest: Any) -> str | None:
+    def why_not(self, operation: str, *rest: Any) -> str | None:
         return None if operation == "token_product" else "only its gradients have a kernel of their own"
 
+    def preferred(self, operation: str, input: torch.Tensor) -> bool:
+        return True
+
     def token_product(
-        self, grad: Any, x: Any, factors: Any, ste: str, bound: float, gradients: FactorGradients, *_: Any
+        self, grad: Any, x: Any, factors: Any, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
-        panels.parameter_gradients(-grad, x, factors, ste, bound, gradients, None, EagerBackend())
+        block = Block(None, factors, "dither", x.dtype)
+        panels.parameter_gradients(-grad, x, block, estimator, gradients, EagerBackend(), settings)
 
 
 class WrongFusedGradients(Faulty):
@@ -167,7 +171,7 @@ def test_an_exception_is_a_failure_in_its_words(
 
 
 class Unreadable(Faulty):
-    def supports(self, *_: Any) -> str | None:
+    def why_not(self, *_: Any) -> str | None:
         raise OSError("cannot open /home/alice/cache/driver.so, see https://example.org/help/page")
 
 

@@ -250,7 +250,7 @@ def _pretend_to_measure(monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> Non
 
 
 def test_tensor_cycles_count_the_main_and_the_rank_products() -> None:
-    shape = ProductShape(tokens=128, first=128, second=64, warps=8, stages=3)
+    shape = ProductShape(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
     main, rank = 512, 128 * 64 * 32
     assert tensor_cycles("forward", shape, torch.bfloat16, 16) == main + rank / 2048
     assert tensor_cycles("forward", shape, torch.float32, 16) == main + 3 * rank / 1024
@@ -319,7 +319,7 @@ def test_renewed_origins_are_those_of_static_counts_alone(tmp_path: Path) -> Non
 
 
 def test_a_kernel_compiles_for_an_h100_and_its_tensor_cycles_match_its_instructions() -> None:
-    shape = ProductShape(tokens=64, first=64, second=32, warps=4, stages=2, up_to=64)
+    shape = ProductShape(block_m=64, block_n=64, block_k=32, warps=4, stages=2, up_to=64)
     row = measure(Case("sm_90", "sm_90", "forward", shape, torch.bfloat16, torch.float32))
     assert problems([row]) == []
     assert 32 < row.registers <= 255

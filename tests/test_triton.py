@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy, strategy
-from dual_lora_kernels.backends import FactorGradients, resolve_backend
+from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy
+from dual_lora_kernels.backends import Block, DenseBase, Estimator, ParameterGradients, Settings, resolve_backend
 from dual_lora_kernels.backends.triton import execute, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
+from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.choice import preferred
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
 from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, exact, gaussian, relative_error
 
 pytestmark = pytest.mark.interpreter
 LOW = [torch.bfloat16, torch.float16]
+ROOM = Settings("auto", 1 << 25)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU in the interpreter, or the GPU."""
     return torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _strategy() -> Iterator[None]:
-    before = strategy()
-    yield
-    set_strategy(before)
 
 
 def _chip(device: torch.device) -> Architecture:
@@ -51,14 +44,14 @@ def _shipped(*kernels: str) -> list[PanelShape | ProductShape]:
 def _tile(shape: PanelShape | ProductShape) -> str:
     if isinstance(shape, PanelShape):
         return f"{shape.rows}x{shape.columns}x{shape.column_tiles}"
-    return f"{shape.tokens}x{shape.first}x{shape.second}"
+    return f"{shape.block_m}x{shape.block_n}x{shape.block_k}"
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-def _hashes(problem: Problem) -> launches.Hashes:
+def _hashes(problem: Problem) -> Hashes:
     return execute._hashes(problem.x, "dither", *problem.weight.shape)
 
 
@@ -70,13 +63,13 @@ def test_panels_of_every_shipped_shape(device: torch.device, dtype: torch.dtype,
     for make in (exact, gaussian):
         problem = make(1, rows, columns, 5, 20, dtype=dtype, device=device)
         out = torch.empty_like(problem.weight)
-        arguments = (problem.weight, problem.factors, 0, 0, "dither")
-        launches.effective_weight(out, *arguments, _hashes(problem), shape, _chip(device)).run()
+        block = problem.block()
+        launches.effective_weight(out, problem.weight, block, _hashes(problem), shape, _chip(device)).run()
         if make is exact:
             expected = reference.effective_weight(problem.weight, *problem.factors, dtype, "dither")
         else:
             expected = torch.empty_like(out)
-            execute.effective_weight(expected, *arguments)
+            execute.effective_weight(expected, block)
         assert torch.equal(_bits(out), _bits(expected)), make.__name__
 
 
@@ -88,7 +81,7 @@ def test_fused_products_use_the_merged_weights(
 ) -> None:
     """The identity as input returns W itself, whichever shape built it: bit for bit what merging writes."""
     transposed = operation == "input_gradient"
-    first, second = shape.first + 3, min(shape.second + 5, 70)
+    first, second = shape.block_n + 3, min(shape.block_k + 5, 70)
     out_features, in_features = (second, first) if transposed else (first, second)
     for make in (exact, gaussian):
         problem = make(1, out_features, in_features, 5, 20, dtype=dtype, device=device)
@@ -97,9 +90,8 @@ def test_fused_products_use_the_merged_weights(
         identity = torch.eye(second, dtype=dtype, device=device)
         out = torch.empty(1, second, first, dtype=dtype, device=device)
         launches.weight_product(
-            out, identity, problem.weight, problem.factors, None, "dither", transposed, _hashes(problem), shape,
-            _chip(device),
-        ).run()  # fmt: skip
+            operation, out, identity, problem.block(), None, _hashes(problem), shape, _chip(device)
+        ).run()
         used = out[0] if transposed else out[0].t()
         # Values, since the product's sum turns a -0 into +0; everything else that is equal has equal bits.
         assert torch.equal(used, merged), make.__name__
@@ -112,22 +104,23 @@ def test_gradients_of_every_shipped_shape(device: torch.device, shape: PanelShap
     rows, columns = (
         (shape.rows + 5, shape.columns * shape.column_tiles + 3)
         if isinstance(shape, PanelShape)
-        else (shape.first + 5, shape.second + 3)
+        else (shape.block_m + 5, shape.block_n + 3)
     )
     problem = exact(24, rows, columns, 3, 20, dtype=torch.bfloat16, device=device)
     truth = autograd_gradients(problem.to(torch.float32), ste=ste, clip_bound=0.5)[3:7]
-    gradients = FactorGradients(*(torch.zeros_like(f) for f in problem.factors[:4]))
-    options = (problem.factors, ste, 0.5, gradients)
+    gradients = ParameterGradients(*(torch.zeros_like(f) for f in problem.factors[:4]))
+    estimator, chip = Estimator(ste, 0.5), _chip(device)
+    h = problem.grad.float().t() @ problem.x.float()
     if isinstance(shape, PanelShape):
-        h = problem.grad.float().t() @ problem.x.float()
-        up, down = execute._partials(h, h.shape, problem.factors, shape.rows, shape.columns * shape.column_tiles)
-        launches.factor_gradients(h, *options, torch.bfloat16, up, down, shape, _chip(device)).run()
+        partials = execute._partials(h, h.shape, problem.factors, (shape.rows, shape.columns * shape.column_tiles))
+        launches.factor_gradients(h, problem.block(), estimator, gradients, partials, shape, chip).run()
     else:
-        like = problem.x.new_empty(0, dtype=torch.float32)
-        up, down = execute._partials(like, (rows, columns), problem.factors, shape.first, shape.second)
-        launches.token_product(problem.grad, problem.x, *options, up, down, shape, _chip(device)).run()
-    execute._accumulate(gradients, up, down, problem.factors)
-    for name, value, expected in zip("ABCD", gradients, truth, strict=True):
+        partials = execute._partials(h, h.shape, problem.factors, (shape.block_m, shape.block_n))
+        launches.token_product(
+            problem.grad, problem.x, problem.factors, estimator, gradients, partials, shape, chip
+        ).run()
+    execute._accumulate(gradients, partials, problem.factors)
+    for name, value, expected in zip("ABCD", gradients[:4], truth, strict=True):
         assert torch.equal(value, expected), name
 
 
@@ -159,16 +152,16 @@ def test_split_sums(device: torch.device, operation: str, bias: bool, monkeypatc
     transposed = operation == "input_gradient"
     if transposed:
         problem = exact(3, 600, 70, 4, 4, dtype=torch.bfloat16, device=device)
-    chip = Architecture(_chip(device).family, processors=64)
+    chip = Architecture(_chip(device).family, compute_units=64)
     shape = chip.shapes(2).weight_product(operation, 3, 70, 600)
-    splits = execute._splits(3, 70, 600, 99, shape, chip)
+    splits = execute._split_k(3, 70, 600, 99, shape, chip)
     assert splits > 1
     assert (splits - 1) * launches.split_length(600, splits, shape) < 600
     monkeypatch.setattr(execute, "_architecture", lambda _: chip)
     rounded = reference.effective_weight(problem.weight, *problem.factors, torch.bfloat16, "dither")
     input = problem.grad if transposed else problem.x
     added = problem.bias if bias and not transposed else None
-    computed = execute.weight_product(operation, input, problem.weight, problem.factors, added, "dither", 1 << 25)
+    computed = execute.weight_product(operation, input, problem.block(), added, ROOM)
     truth = input.double() @ (rounded if transposed else rounded.t()).double()
     truth = truth if added is None else truth + added.double()
     assert relative_error(computed, truth) <= relative_error(truth.to(torch.bfloat16), truth) * 1.01
@@ -185,7 +178,7 @@ def test_what_is_not_finite_stays_so(device: torch.device, dtype: torch.dtype) -
     problem.B[2] = torch.nan
     problem.B[3].view(torch.int32).fill_(-1)  # a negative NaN, all bits set
     out = torch.empty_like(problem.weight)
-    execute.effective_weight(out, problem.weight, problem.factors, 0, 0, "dither")
+    execute.effective_weight(out, problem.block())
     assert out[0, :4].isnan().all()
     assert out[1, 0] == torch.inf
     assert out[1, 1] == -torch.inf
@@ -216,11 +209,11 @@ def test_an_infinite_gradient_stays_in_its_row(device: torch.device) -> None:
 
 def test_splits_stay_within_the_workspace() -> None:
     """Parts of a sum are a temporary of tokens × features numbers each."""
-    chip = Architecture("sm_90", processors=132)
+    chip = Architecture("sm_90", compute_units=132)
     shape = chip.shapes(2).weight_product("forward", 64, 0, 0)
-    assert execute._splits(64, 1024, 4096, 99, shape, chip) > 3
-    assert execute._splits(64, 1024, 4096, 3, shape, chip) <= 3
-    assert execute._splits(64, 1024, 4096, 0, shape, chip) == 1
+    assert execute._split_k(64, 1024, 4096, 99, shape, chip) > 3
+    assert execute._split_k(64, 1024, 4096, 3, shape, chip) <= 3
+    assert execute._split_k(64, 1024, 4096, 0, shape, chip) == 1
 
 
 def test_the_dithers_vectors_are_never_released(device: torch.device) -> None:
@@ -240,15 +233,14 @@ def test_offsets_beyond_32_bits(device: torch.device) -> None:
     weight = storage.as_strided((rows, columns), (stride, 1))
     problem = exact(2, rows, columns, 4, 4, dtype=torch.bfloat16, device=device)
     weight.copy_(problem.weight)
-    out = execute.weight_product("forward", problem.x, weight, problem.factors, None, "dither", 1 << 25)
-    grad_x = execute.weight_product("input_gradient", problem.grad, weight, problem.factors, None, "dither", 1 << 25)
-    expected = execute.weight_product("forward", problem.x, problem.weight, problem.factors, None, "dither", 1 << 25)
-    truth = execute.weight_product(
-        "input_gradient", problem.grad, problem.weight, problem.factors, None, "dither", 1 << 25
-    )
+    block = Block(DenseBase(weight), problem.factors, "dither", torch.bfloat16)
+    out = execute.weight_product("forward", problem.x, block, None, ROOM)
+    grad_x = execute.weight_product("input_gradient", problem.grad, block, None, ROOM)
+    expected = execute.weight_product("forward", problem.x, problem.block(), None, ROOM)
+    truth = execute.weight_product("input_gradient", problem.grad, problem.block(), None, ROOM)
     assert torch.equal(out, expected)
     assert torch.equal(grad_x, truth)
-    execute.effective_weight(weight, weight, problem.factors, 0, 0, "dither")
+    execute.effective_weight(weight, block)
     assert torch.equal(weight, dual_lora_merge_(problem.weight, *problem.factors, backend="triton"))
 
 
@@ -257,9 +249,8 @@ def test_shards_use_the_whole_weights_dither(device: torch.device) -> None:
     problem = gaussian(1, 50, 60, 4, 4, dtype=torch.bfloat16, device=device)
     problem.scale.fill_(1e-4)
     whole, part = torch.empty_like(problem.weight), torch.empty_like(problem.weight[17:, 21:])
-    execute.effective_weight(whole, problem.weight, problem.factors, 0, 0, "dither")
-    factors = problem.factors.rows(17, 50).columns(21, 60)
-    execute.effective_weight(part, problem.weight[17:, 21:], factors, 17, 21, "dither")
+    execute.effective_weight(whole, problem.block())
+    execute.effective_weight(part, problem.block().rows(17, 50).columns(21, 60))
     assert torch.equal(part, whole[17:, 21:])
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from dual_lora_kernels import dual_lora_linear, set_strategy, strategy
-from dual_lora_kernels.backends.triton import execute, launches
+from dual_lora_kernels import dual_lora_linear, set_strategy
+from dual_lora_kernels.backends.triton import execute
+from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.fused_kernels import token_product_kernel, weight_product_kernel
+from dual_lora_kernels.backends.triton.launch import Launch
 from dual_lora_kernels.backends.triton.shapes import TABLE, ProductShape, Shapes
 from dual_lora_kernels.self_check.problems import Problem, gaussian
 
@@ -51,7 +52,7 @@ def test_every_size_has_a_shape(family: str, operation: str) -> None:
 def test_an_exception_while_the_dithers_vectors_are_made_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel would read past the end of shorter vectors. On a GPU they are made in a thread of their own."""
 
-    def no_memory(length: int, device: torch.device) -> launches.Hashes:
+    def no_memory(length: int, device: torch.device) -> Hashes:
         raise torch.OutOfMemoryError("none left")
 
     like = torch.empty(2, 2, dtype=torch.bfloat16)
@@ -64,22 +65,20 @@ def test_an_exception_while_the_dithers_vectors_are_made_is_raised(monkeypatch: 
 
 
 @pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """A chip that refuses every fused kernel; yields the refused ones."""
+def refusing(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A chip that refuses every fused kernel; returns the refused ones."""
     refused: list[Any] = []
-    run = launches.Launch.run
+    run = Launch.run
 
-    def maybe(launch: launches.Launch) -> None:
+    def maybe(launch: Launch) -> None:
         if launch.kernel in (weight_product_kernel, token_product_kernel):
             refused.append(launch.kernel)
             raise OutOfResources(250_000, 232_448, "shared memory")
         run(launch)
 
-    monkeypatch.setattr(launches.Launch, "run", maybe)
+    monkeypatch.setattr(Launch, "run", maybe)
     monkeypatch.setattr(execute, "_unfit", {})
-    before = strategy()
-    yield refused
-    set_strategy(before)
+    return refused
 
 
 def _step(problem: Problem) -> list[torch.Tensor]:

@@ -8,52 +8,47 @@ import torch
 
 from .._logging import logger
 from ..validation import check_choice
-from .base import Backend, DoesNotFit, FactorGradients, Factors, FusedPasses, SharedProducts
+from .block import Base, Block, DenseBase, Factors, ParameterGradients, base_of
 from .eager import EagerBackend
+from .interface import PANEL_UNIT, Backend, DoesNotFit, Estimator, FusedPasses, Settings, SharedProducts
 from .native import NativeBackend
 from .triton import TritonBackend
 
 __all__ = [
+    "PANEL_UNIT",
     "Backend",
+    "Base",
+    "Block",
+    "DenseBase",
     "DoesNotFit",
-    "FactorGradients",
+    "Estimator",
     "Factors",
     "FusedPasses",
+    "ParameterGradients",
+    "Settings",
     "SharedProducts",
     "available_backends",
+    "base_of",
     "candidates",
+    "check_backend_name",
     "resolve_backend",
-    "set_default_backend",
 ]
 
 _BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), NativeBackend(), EagerBackend())
 }
 """In order of preference for ``"auto"``."""
-_default = "auto"
 _announced: set[tuple[str, str]] = set()
 
 
 def available_backends() -> list[str]:
     """Names of the backends that this installation has, in the order in which ``"auto"`` tries them."""
-    return [name for name, backend in _BACKENDS.items() if backend.unavailable() is None]
+    return [name for name, backend in _BACKENDS.items() if backend.why_unavailable() is None]
 
 
 def check_backend_name(name: str) -> None:
     """Raise ValueError unless `name` is a backend's or ``"auto"``."""
     check_choice("backend", name, ("auto", *_BACKENDS))
-
-
-def set_default_backend(name: str) -> None:
-    """Choose the backend of calls that name none: ``"auto"`` (the first that serves the call) or a backend's name."""
-    global _default
-    check_backend_name(name)
-    _default = name
-
-
-def default_backend() -> str:
-    """What `set_default_backend` chose; ``"auto"`` at first."""
-    return _default
 
 
 def candidates(
@@ -65,9 +60,9 @@ def candidates(
     libraries.
     """
     for backend in _BACKENDS.values() if name == "auto" else (_BACKENDS[name],):
-        reason = backend.unavailable() or backend.supports(device, compute_dtype, factor_dtype)
+        reason = backend.why_unavailable() or backend.why_not(device, compute_dtype, factor_dtype)
         if name == "auto":
-            reason = reason or backend.reserved(device)
+            reason = reason or backend.why_not_auto(device)
         yield backend, reason
 
 

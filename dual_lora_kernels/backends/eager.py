@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from ..rounding import column_hashes, dither_, is_dithered, row_hashes
-from .base import FactorGradients, Factors, FusedPasses, SharedProducts
+from .block import Block, ParameterGradients
 from .grid import TILE, RankProducts, parts, tile_count
+from .interface import Estimator, FusedPasses, Settings, SharedProducts
 
 _BUFFERS = 6
 """Part-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
@@ -27,37 +28,29 @@ class EagerBackend:
     def description(self) -> str:
         return f"plain PyTorch {torch.__version__}"
 
-    def unavailable(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         return None
 
-    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+    def why_not(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         return None
 
-    def reserved(self, device: torch.device) -> str | None:
+    def why_not_auto(self, device: torch.device) -> str | None:
         return None
 
     def temporaries(self, workspace: int) -> int:
         # Fewer, larger parts beat parts that fit in an L2 cache: 1.4 against 1.7 floors a step (docs/decisions.md).
         return workspace // 2
 
-    def effective_weight(
-        self,
-        out: torch.Tensor,
-        weight: torch.Tensor | None,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        rounding: str,
-        workspace: int,
-    ) -> None:
-        products = RankProducts(factors, (row0, col0))
-        dithers = is_dithered(out.dtype, rounding)
-        most, p_scratch, q_scratch = self._scratch(out, (row0, col0), products.dtype, workspace)
+    def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
+        weight = block.load_base(out)
+        products = RankProducts(block.factors, block.origin)
+        dithers = is_dithered(block.dtype, block.rounding)
+        most, p_scratch, q_scratch = self._scratch(out, block, products.dtype, settings)
         bits = out.new_empty(p_scratch.numel() if dithers else 0, dtype=torch.int32)
-        hashes = row_hashes(row0, out.shape[0], out.device)[:, None], column_hashes(col0, out.shape[1], out.device)
-        for part in parts((row0, col0), out.shape, most):
-            p, q = products.write(part, p_scratch, q_scratch)
-            update = p.relu_().mul_(_sign_(q, factors.scale))  # one rounding: max(P, 0) · ±s
+        (row0, col0), (n, k) = block.origin, block.shape
+        hashes = row_hashes(row0, n, out.device)[:, None], column_hashes(col0, k, out.device)
+        for part in parts(block.origin, out.shape, most):
+            update = _update_(*products.write(part, p_scratch, q_scratch), block.factors.scale)
             target = part.tiles(part.of(out))
             base = None if weight is None else part.tiles(part.of(weight))
             if dithers:
@@ -71,49 +64,49 @@ class EagerBackend:
                 torch.add(base, update, out=target)
 
     def factor_gradients(
-        self,
-        h: torch.Tensor,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        ste: str,
-        clip_bound: float,
-        gradients: FactorGradients,
-        compute_dtype: torch.dtype,
-        workspace: int,
+        self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
-        products = RankProducts(factors, (row0, col0))
-        wide = factors.to(h.dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
-        most, p_scratch, q_scratch = self._scratch(h, (row0, col0), products.dtype, workspace)
+        products = RankProducts(block.factors, block.origin)
+        wide = block.factors.to(h.dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
+        most, p_scratch, q_scratch = self._scratch(h, block, products.dtype, settings)
         grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0)
-        for part in parts((row0, col0), h.shape, most):
+        for part in parts(block.origin, h.shape, most):
             p, q = products.write(part, p_scratch, q_scratch)
             rows, columns = part.rows.lines, part.columns.lines
             near = wide.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
             grads = gradients.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
-            scaled = part.of(h).mul_(factors.scale)
+            scaled = part.of(h).mul_(block.factors.scale)
             p.relu_()
             if gradients.direction_wanted:
                 grad_q = grad_scratch[: scaled.numel()].view(scaled.shape)
-                tiles = part.tiles(grad_q)
-                torch.mul(part.tiles(scaled), p, out=tiles)
-                if ste == "clip":
-                    grad_q.clamp_(-clip_bound, clip_bound)
-                elif ste == "xnor":
-                    tiles.masked_fill_((q.abs() <= 1).logical_not_(), 0)
+                torch.mul(part.tiles(scaled), p, out=part.tiles(grad_q))
+                _estimate_(part.tiles(grad_q), q, estimator)
                 _contract(grad_q, near.D, near.C, grads.D, grads.C)
             if gradients.magnitude_wanted:
                 part.tiles(scaled).mul_(_sign_(q).mul_(p.gt_(0)))
                 _contract(scaled, near.B, near.A, grads.B, grads.A)
 
     def _scratch(
-        self, block: torch.Tensor, origin: tuple[int, int], dtype: torch.dtype, workspace: int
+        self, like: torch.Tensor, block: Block, dtype: torch.dtype, settings: Settings
     ) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """How many tiles of a block may be taken at a time, and room for P and Q of as many."""
-        most = max(1, self.temporaries(workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
-        tiles = min(most, tile_count(origin, block.shape))
-        p, q = (block.new_empty(tiles * TILE * TILE, dtype=dtype) for _ in range(2))
+        """How many tiles of a block may be taken at a time, and room for P and Q of as many, on `like`'s device."""
+        most = max(1, self.temporaries(settings.workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
+        tiles = min(most, tile_count(block.origin, like.shape))
+        p, q = (like.new_empty(tiles * TILE * TILE, dtype=dtype) for _ in range(2))
         return most, p, q
+
+
+def _update_(p: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """ΔW = max(P, 0) · ±s, with one rounding, in P's memory."""
+    return p.relu_().mul_(_sign_(q, scale))
+
+
+def _estimate_(grad_sign: torch.Tensor, q: torch.Tensor, estimator: Estimator) -> None:
+    """`reference.estimator_gradient` in place."""
+    if estimator.kind == "clip":
+        grad_sign.clamp_(-estimator.bound, estimator.bound)
+    elif estimator.kind == "xnor":
+        grad_sign.masked_fill_((q.abs() <= 1).logical_not_(), 0)
 
 
 def _sign_(q: torch.Tensor, magnitude: torch.Tensor | float = 1.0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..precision import accumulation_dtype, ieee_matmul
-from .base import Factors
+from .block import Factors
 
 TILE = 256
 """Rows and columns of a tile. Two threads, ranks 16 and 64, 4096²: 128 costs 1.4 to 2.1 times the product as one call,

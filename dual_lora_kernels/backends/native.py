@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..rounding import is_dithered
-from .base import PANEL_UNIT, FactorGradients, Factors
+from .block import Block, Factors, ParameterGradients
+from .interface import PANEL_UNIT, Estimator, Settings
 
 _PACKAGE = Path(__file__).parents[1]
 _FEW_TOKENS = 64
@@ -38,13 +39,13 @@ class NativeBackend:
     def shared_products(self) -> NativeBackend:
         return self
 
-    def unavailable(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         return _load_failure()
 
-    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+    def why_not(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"it has no kernels for device type {device.type!r}"
 
-    def reserved(self, device: torch.device) -> str | None:
+    def why_not_auto(self, device: torch.device) -> str | None:
         return None
 
     def description(self) -> str:
@@ -54,59 +55,38 @@ class NativeBackend:
     def temporaries(self, workspace: int) -> int:
         return workspace // 4  # partial sums of the factors' gradients
 
-    def effective_weight(
-        self,
-        out: torch.Tensor,
-        weight: torch.Tensor | None,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        rounding: str,
-        workspace: int,
-    ) -> None:
-        _ops().cpu_effective_weight(out, weight, *factors, row0, col0, is_dithered(out.dtype, rounding))
+    def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
+        dithers = is_dithered(block.dtype, block.rounding)
+        _ops().cpu_effective_weight(out, block.load_base(out), *block.factors, *block.origin, dithers)
 
     def factor_gradients(
-        self,
-        h: torch.Tensor,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        ste: str,
-        clip_bound: float,
-        gradients: FactorGradients,
-        compute_dtype: torch.dtype,
-        workspace: int,
+        self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
-        _ops().cpu_factor_gradients(
-            h, *factors, _ESTIMATORS[ste], clip_bound, *gradients, None, None, 0, 0, False, workspace // 4
-        )
+        budget, kind = self.temporaries(settings.workspace), _ESTIMATORS[estimator.kind]
+        targets = gradients[:4]
+        _ops().cpu_factor_gradients(h, *block.factors, kind, estimator.bound, *targets, None, None, 0, 0, False, budget)
 
     def weight_and_factor_gradients(
         self,
         out: torch.Tensor,
-        weight: torch.Tensor | None,
         h: torch.Tensor,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        rounding: str,
-        ste: str,
-        clip_bound: float,
-        gradients: FactorGradients,
-        workspace: int,
+        block: Block,
+        estimator: Estimator,
+        gradients: ParameterGradients,
+        settings: Settings,
     ) -> None:
-        dithers = is_dithered(out.dtype, rounding)
-        estimator = _ESTIMATORS[ste]
+        budget, kind = self.temporaries(settings.workspace), _ESTIMATORS[estimator.kind]
+        dithers, weight = is_dithered(block.dtype, block.rounding), block.load_base(out)
+        targets = gradients[:4]
         _ops().cpu_factor_gradients(
-            h, *factors, estimator, clip_bound, *gradients, out, weight, row0, col0, dithers, workspace // 4
+            h, *block.factors, kind, estimator.bound, *targets, out, weight, *block.origin, dithers, budget
         )
 
 
 class NativeFewTokens:
     """The forward pass for a few tokens as one kernel, which reads W0 once and writes no W."""
 
-    def serves(self, operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
+    def why_not(self, operation: str, input: torch.Tensor, factors: Factors, settings: Settings) -> str | None:
         if operation != "forward":
             return "only its forward pass has a kernel of its own"
         if (input.dtype == torch.float64) != (factors.A.dtype == torch.float64):
@@ -117,21 +97,15 @@ class NativeFewTokens:
         return input.shape[0] <= _FEW_TOKENS
 
     def weight_product(
-        self,
-        operation: str,
-        input: torch.Tensor,
-        weight: torch.Tensor | None,
-        factors: Factors,
-        bias: torch.Tensor | None,
-        rounding: str,
-        workspace: int,
+        self, operation: str, input: torch.Tensor, block: Block, bias: torch.Tensor | None, settings: Settings
     ) -> torch.Tensor:
-        out = input.new_empty(input.shape[0], factors.B.shape[0])
-        _ops().cpu_few_tokens(out, input, weight, *factors, bias, is_dithered(input.dtype, rounding))
+        out = input.new_empty(input.shape[0], block.shape[0])
+        dithers = is_dithered(block.dtype, block.rounding)
+        _ops().cpu_few_tokens(out, input, block.dense_base, *block.factors, bias, dithers)
         return out
 
     def token_product(self, *args: Any) -> None:
-        raise NotImplementedError("serves() refuses this pass")
+        raise NotImplementedError("why_not() refuses this pass")
 
 
 @cache

@@ -13,8 +13,6 @@ import torch
 
 from ..backends import candidates
 from ..doctor import in_words
-from ..panels import set_workspace_bytes, workspace_bytes
-from ..passes import set_strategy, strategy
 from .checks import CHECKS, Check, Subject
 
 __all__ = ["Outcome", "run"]
@@ -61,7 +59,7 @@ def run(
         for backend in backends:
             for check in CHECKS:
                 begin(f"{check.name} ({device}, {backend})")
-                with _settings_kept():
+                with _threads_kept():
                     outcome = _outcome(check, Subject(device, backend, small))
                 add(outcome)
     return outcomes
@@ -80,11 +78,9 @@ def _outcome(check: Check, subject: Subject) -> Outcome:
 
 
 @contextmanager
-def _settings_kept() -> Iterator[None]:
-    before = strategy(), workspace_bytes(), torch.get_num_threads()
+def _threads_kept() -> Iterator[None]:
+    before = torch.get_num_threads()
     try:
         yield
     finally:
-        set_strategy(before[0])
-        set_workspace_bytes(before[1])
-        torch.set_num_threads(before[2])
+        torch.set_num_threads(before)

@@ -13,11 +13,10 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from .. import reference
-from ..backends import Backend, FactorGradients, resolve_backend
+from ..backends import Backend, Estimator, ParameterGradients, Settings, resolve_backend
 from ..functional import dual_lora_linear
 from ..merging import dual_lora_merge_
-from ..panels import set_workspace_bytes
-from ..passes import STRATEGIES, set_strategy
+from ..runtime_settings import STRATEGIES, settings
 from .problems import Problem, autograd_gradients, exact, gaussian, naive_gradients
 
 NAIVE_ERRORS = 2.0
@@ -161,9 +160,10 @@ def threads(subject: Subject) -> Verdict:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            sums = FactorGradients(*(torch.zeros_like(factor, dtype=wide) for factor in problem.factors[:4]))
-            backend = subject.resolve(problem)
-            backend.factor_gradients(h.clone(), problem.factors, 0, 0, "clip", 1.0, sums, dtype, _WORKSPACES[0])
+            sums = ParameterGradients(*(torch.zeros_like(factor, dtype=wide) for factor in problem.factors[:4]))
+            run_with = Settings("auto", _WORKSPACES[0])
+            backend, estimator = subject.resolve(problem), Estimator("clip", 1.0)
+            backend.factor_gradients(h.clone(), problem.block(), estimator, sums, run_with)
             kept = [t for t in sums if t is not None]
             results.append([_weight(subject, problem, 0, size, 0, size), *kept])
         for other in results[1:]:
@@ -229,10 +229,9 @@ def _weight(
     workspace: int = _WORKSPACES[0],
 ) -> torch.Tensor:
     """One block of W in the weight's dtype."""
-    base = problem.weight[top:bottom, left:right]
-    out = torch.empty(base.shape, dtype=base.dtype, device=base.device)
-    factors = problem.factors.rows(top, bottom).columns(left, right)
-    subject.resolve(problem).effective_weight(out, base, factors, top, left, "dither", workspace)
+    block = problem.block().rows(top, bottom).columns(left, right)
+    out = problem.weight.new_empty(block.shape)
+    subject.resolve(problem).effective_weight(out, block, Settings("auto", workspace))
     return out
 
 
@@ -245,20 +244,21 @@ def _weights_used(
     """
     n, k = merged.shape
     workspaces = _WORKSPACES if subject.thorough(problem) else _WORKSPACES[:1]
-    settings = [(name, workspace, max(n, k)) for name in STRATEGIES for workspace in workspaces]
+    ways = [(name, workspace, max(n, k)) for name in STRATEGIES for workspace in workspaces]
     if problem.A.shape[0] == _RANK and subject.thorough(problem):
-        settings += [("auto", _WORKSPACES[0], tokens) for tokens in _FEW_TOKENS]
-    for name, workspace, tokens in settings:
-        set_workspace_bytes(workspace)
+        ways += [("auto", _WORKSPACES[0], tokens) for tokens in _FEW_TOKENS]
+    for name, workspace, tokens in ways:
         x, grad = (
             torch.eye(features, dtype=merged.dtype, device=merged.device)[:tokens].contiguous() for features in (k, n)
         )
-        y = _served(name, functools.partial(_output, subject, replace(problem, x=x), bias=False))
+        with settings(workspace_bytes=workspace):
+            y = _served(name, functools.partial(_output, subject, replace(problem, x=x), bias=False))
         if y is not None:
             yield y.t(), merged[:, : len(x)]
         zeros = grad.new_zeros(len(grad), k)
         leaf = _requiring_grad(replace(problem, x=zeros, grad=grad), ("x",))
-        grads = _gradients(subject, leaf, ("x",), name)
+        with settings(workspace_bytes=workspace):
+            grads = _served(name, functools.partial(_gradients, subject, leaf, ("x",)))
         if grads is not None:
             yield grads[0], merged[: len(grad)]
 
@@ -270,22 +270,21 @@ def _results(subject: Subject, problem: Problem, ste: str = "clip") -> Iterator[
         if output is not None:
             yield "output", name, output
         for together, wanted in _WANTED.items():
-            grads = _gradients(subject, _requiring_grad(problem, wanted), wanted, name, ste)
+            leaf = _requiring_grad(problem, wanted)
+            grads = _served(name, functools.partial(_gradients, subject, leaf, wanted, ste))
             for each, grad in zip(wanted, grads or (), strict=grads is not None):
                 yield "input" if each == "x" else each, f"{name}, {together}", grad
 
 
 def _served(strategy: str, function: Callable[[], _Result]) -> _Result | None:
     """What `function` returns under a strategy, or None where ``"fused"`` says that it does not serve the pass."""
-    set_strategy(strategy)
     try:
-        return function()
+        with settings(strategy=strategy):
+            return function()
     except ValueError as refusal:
         if strategy == "fused" and str(refusal).startswith("strategy: got 'fused'"):
             return None
         raise
-    finally:
-        set_strategy("auto")
 
 
 def _requiring_grad(problem: Problem, wanted: Sequence[str]) -> Problem:
@@ -298,18 +297,15 @@ def _output(subject: Subject, problem: Problem, ste: str = "clip", bias: bool = 
     return dual_lora_linear(problem.x, problem.weight, *problem.factors, added, ste=ste, backend=subject.backend)
 
 
-def _gradients(
-    subject: Subject, leaf: Problem, wanted: Sequence[str], strategy: str, ste: str = "clip"
-) -> tuple[torch.Tensor, ...] | None:
-    """Gradients of the tensors named `wanted`, which require grad; the strategy is the backward pass's alone."""
-    output = _output(subject, leaf, ste)
+def _gradients(subject: Subject, leaf: Problem, wanted: Sequence[str], ste: str = "clip") -> tuple[torch.Tensor, ...]:
+    """Gradients of the tensors named `wanted`, which require grad."""
     inputs = [getattr(leaf, name) for name in wanted]
-    return _served(strategy, functools.partial(torch.autograd.grad, output, inputs, leaf.grad))
+    return torch.autograd.grad(_output(subject, leaf, ste), inputs, leaf.grad)
 
 
-def _step(subject: Subject, leaf: Problem) -> tuple[torch.Tensor, ...] | None:
+def _step(subject: Subject, leaf: Problem) -> tuple[torch.Tensor, ...]:
     """A training step's passes, the weight frozen."""
-    return _gradients(subject, leaf, _STEP, "auto")
+    return _gradients(subject, leaf, _STEP)
 
 
 def _products(problem: Problem) -> list[torch.Tensor]:

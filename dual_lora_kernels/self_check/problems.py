@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..backends import Factors
+from ..backends import Block, DenseBase, Factors
 
 FUSED_RANK = 16
 """A rank that fused kernels serve on every chip and for every dtype."""
@@ -40,6 +40,10 @@ class Problem:
     def to(self, target: torch.dtype | torch.device | str) -> Problem:
         """Everything in one dtype, or on one device."""
         return Problem(*(getattr(self, field.name).to(target) for field in fields(self)))
+
+    def block(self, rounding: str = "dither") -> Block:
+        """The weight as one block, W in W0's dtype."""
+        return Block(DenseBase(self.weight), self.factors, rounding, self.weight.dtype)
 
     def requiring_grad(self) -> Problem:
         """Copies that are leaves and require grad, but for the scale and G."""
@@ -82,7 +86,7 @@ def gaussian(
 def exact(
     m: int, n: int, k: int, r1: int, r2: int, *, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0
 ) -> Problem:
-    """Small integers times powers of two: every product and sum is exact in fp32 in any order (DESIGN section 9).
+    """Small integers times powers of two: every product and sum is exact in fp32 in any order (docs/numerics.md).
 
     Q is zero, and P zero or negative, at many entries, so the conventions at the kinks are exercised as well.
     """

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dual_lora_kernels.backends import default_backend, resolve_backend
+from dual_lora_kernels.backends import resolve_backend
+from dual_lora_kernels.runtime_settings import default_backend
 
 from .models import METHODS
 from .options import Settings

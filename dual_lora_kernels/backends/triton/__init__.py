@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ..base import PANEL_UNIT, FactorGradients, Factors, FusedPasses, SharedProducts
+from ..block import Block, ParameterGradients
+from ..interface import PANEL_UNIT, Estimator, FusedPasses, Settings, SharedProducts
 
 LEAST_TRITON = (3, 6)
 
@@ -28,7 +29,7 @@ class TritonBackend:
 
         return fused
 
-    def unavailable(self) -> str | None:
+    def why_unavailable(self) -> str | None:
         return _import_failure()
 
     def description(self) -> str:
@@ -36,49 +37,30 @@ class TritonBackend:
 
         return f"Triton {triton.__version__}"
 
-    def supports(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
+    def why_not(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> str | None:
         from .architecture import architecture
 
         chip = architecture(device)
         return chip if isinstance(chip, str) else None
 
-    def reserved(self, device: torch.device) -> str | None:
+    def why_not_auto(self, device: torch.device) -> str | None:
         return "Triton's interpreter is for tests" if device.type == "cpu" else None
 
     def temporaries(self, workspace: int) -> int:
         # Partial sums of the factor gradients, about half of H's bytes at r1 = r2 = 16; generating W needs none.
         return workspace // 4
 
-    def effective_weight(
-        self,
-        out: torch.Tensor,
-        weight: torch.Tensor | None,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        rounding: str,
-        workspace: int,
-    ) -> None:
+    def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         from . import execute
 
-        execute.effective_weight(out, weight, factors, row0, col0, rounding)
+        execute.effective_weight(out, block)
 
     def factor_gradients(
-        self,
-        h: torch.Tensor,
-        factors: Factors,
-        row0: int,
-        col0: int,
-        ste: str,
-        clip_bound: float,
-        gradients: FactorGradients,
-        compute_dtype: torch.dtype,
-        workspace: int,
+        self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         from . import execute
 
-        budget = self.temporaries(workspace)
-        execute.factor_gradients(h, factors, ste, clip_bound, gradients, compute_dtype, budget)
+        execute.factor_gradients(h, block, estimator, gradients, self.temporaries(settings.workspace))
 
 
 @cache

@@ -40,10 +40,10 @@ INTERPRETED_FAMILY = "sm_90"
 
 @dataclass(frozen=True)
 class Architecture:
-    """A chip's family. `processors`: streaming multiprocessors or compute units."""
+    """A chip's family. `compute_units`: NVIDIA's streaming multiprocessors (SMs) or AMD's compute units (CUs)."""
 
     family: str
-    processors: int
+    compute_units: int
 
     @property
     def is_nvidia(self) -> bool:
@@ -64,7 +64,7 @@ def architecture(device: torch.device) -> Architecture | str:
     """The device's architecture, or the reason why kernels cannot run on it."""
     if device.type == "cpu":
         if is_interpreted():
-            return Architecture(INTERPRETED_FAMILY, processors=1)
+            return Architecture(INTERPRETED_FAMILY, compute_units=1)
         return "Triton runs on CPUs in its interpreter only (TRITON_INTERPRET=1, for tests)"
     if device.type != "cuda":
         return f"there are no kernels for device type {device.type!r}"

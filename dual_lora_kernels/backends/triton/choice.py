@@ -15,20 +15,21 @@ from __future__ import annotations
 import torch
 
 from ...precision import accumulation_dtype
-from ..base import Factors
+from ..block import Factors
+from ..interface import Settings
 from .architecture import Architecture, architecture
 from .execute import fused_rank_limit, least_token_product_bytes, why_unfit
 
 
-def serves(operation: str, input: torch.Tensor, factors: Factors, workspace: int) -> str | None:
-    """See `FusedPasses.serves`."""
-    ranks = (factors.A.shape[0], factors.C.shape[0])
+def why_not(operation: str, input: torch.Tensor, factors: Factors, settings: Settings) -> str | None:
+    """See `FusedPasses.why_not`."""
+    ranks = factors.ranks
     if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
         return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
     if max(ranks) > (limit := fused_rank_limit(input)):
         return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
-    if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > workspace:
-        return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {workspace}"
+    if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > settings.workspace:
+        return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {settings.workspace}"
     return why_unfit(operation, input, factors)
 
 

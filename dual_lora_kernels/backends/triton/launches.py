@@ -1,13 +1,12 @@
 """From tensors to kernel launches: which kernel, grid, arguments and compile-time constants.
 
-A `Launch` is a value. The backend runs it; `benchmarks.static_report` compiles the very same one, built from tensors on
-the meta device, for any architecture.
+The backend runs a `Launch`; the benchmarks' static report compiles the very same one, built from tensors on the meta
+device, for any architecture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,12 @@ import triton.language as tl
 
 from ...precision import accumulation_dtype
 from ...rounding import is_dithered
-from ..base import FactorGradients, Factors
+from ..block import Block, Factors, ParameterGradients
+from ..interface import Estimator
 from .architecture import Architecture, is_interpreted
+from .arguments import Constants, FactorMatrices, Hashes, Matrix
 from .fused_kernels import token_product_kernel, weight_product_kernel
+from .launch import Launch, Plan
 from .panel_kernels import effective_weight_kernel, factor_gradients_kernel
 from .shapes import BLOCK_RANKS, PanelShape, ProductShape
 
@@ -29,39 +31,8 @@ _TL_DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch. Contraction to fused multiply-adds is off: where W needs one, it is written out."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-    def run(self) -> None:
-        """Launch it on the current stream of its tensors' device."""
-        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        with torch.cuda.device(device if device.type == "cuda" else -1):
-            self.kernel[self.grid](
-                **self.arguments,
-                **self.constants,
-                num_warps=self.num_warps,
-                num_stages=self.num_stages,
-                enable_fp_fusion=False,
-            )
-
-
-class Hashes(NamedTuple):
-    """The dither's vectors, each long enough for the whole weight and a tile more; rows and columns of the weight."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-
-
 class RankBlock(NamedTuple):
-    """How a rank is cut: `slices` of `block` each, `masked` where that is more than the rank."""
+    """How a rank is cut: into `slices` of `block` ranks each, `masked` where these are more than the rank."""
 
     block: int
     slices: int
@@ -69,190 +40,132 @@ class RankBlock(NamedTuple):
 
 
 def rank_block(rank: int) -> RankBlock:
-    """The least block that holds the rank, or slices of the largest; other ranks are padded by masked loads."""
+    """The smallest of `BLOCK_RANKS` that holds the rank; a larger rank is cut into slices of the largest block.
+
+    Masked loads fill up what the rank leaves of the last slice.
+    """
     block = next((block for block in BLOCK_RANKS if rank <= block), BLOCK_RANKS[-1])
     slices = ceil_div(rank, block)
     return RankBlock(block, slices, slices * block != rank)
 
 
 def effective_weight(
-    out: torch.Tensor,
-    weight: torch.Tensor | None,
-    factors: Factors,
-    row0: int,
-    column0: int,
-    rounding: str,
-    hashes: Hashes,
-    shape: PanelShape,
-    architecture: Architecture,
+    out: torch.Tensor, weight: torch.Tensor | None, block: Block, hashes: Hashes, shape: PanelShape, chip: Architecture
 ) -> Launch:
-    """W of one block into `out` [rows, columns]."""
-    rows, columns = out.shape
-    accumulator = accumulation_dtype(factors.A.dtype)
-    return Launch(
-        effective_weight_kernel,
-        (ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns),),
-        dict(
-            out=out, weight=out if weight is None else weight, **_factor_tensors(factors),
-            row_hashes=hashes.rows, column_hashes=hashes.columns,
-            rows=rows, columns=columns, **_ranks(factors), row0=row0, column0=column0,
-            out_row_stride=out.stride(0), out_column_stride=out.stride(1),
-            weight_row_stride=0 if weight is None else weight.stride(0),
-            weight_column_stride=0 if weight is None else weight.stride(1),
-            **_factor_strides(factors),
-        ),
-        dict(
-            BLOCK_ROWS=shape.rows, BLOCK_COLUMNS=shape.columns, **_rank_constants(factors),
-            MASK_ROWS=rows % shape.rows != 0, MASK_COLUMNS=columns % shape.columns != 0,
-            WIDE=_is_wide(out, weight, *factors[:4]),
-            HAS_WEIGHT=weight is not None, DITHER=is_dithered(out.dtype, rounding),
-            ACCUMULATOR=_TL_DTYPES[accumulator], COMPUTE=_TL_DTYPES[_compute_dtype(accumulator, weight)],
-            SPLIT=_splits(factors, out.dtype, architecture),
-            CANONICAL_NAN=_has_canonical_nan(accumulator, weight, architecture), INTERPRETED=is_interpreted(),
-        ),
-        shape.warps,
-        shape.stages,
-    )  # fmt: skip
+    """W of one block into `out` [rows, columns]; `weight` is its W0."""
+
+    def plan() -> Plan:
+        rows, columns = out.shape
+        tile = (shape.rows, shape.columns)
+        constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)._replace(
+            wide=_is_wide(out, weight, *block.factors[:4]), **_weight_constants(block, weight, chip)
+        )
+        grid = (ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns), 1, 1)
+        return Plan(grid, constants, shape.warps, shape.stages)
+
+    arguments = (matrix(out), matrix(out if weight is None else weight), matrices(block.factors), hashes, *block.origin)
+    return Launch(effective_weight_kernel, arguments, (shape, weight is None, block.rounding), plan)
 
 
 def factor_gradients(
     h: torch.Tensor,
-    factors: Factors,
-    ste: str,
-    clip_bound: float,
-    gradients: FactorGradients,
-    compute_dtype: torch.dtype,
-    up_partials: torch.Tensor,
-    down_partials: torch.Tensor,
+    block: Block,
+    estimator: Estimator,
+    gradients: ParameterGradients,
+    partials: tuple[torch.Tensor, torch.Tensor],
     shape: PanelShape,
-    architecture: Architecture,
+    chip: Architecture,
 ) -> Launch:
     """Partial factor gradients of one block of H [rows, columns].
 
-    `up_partials` [column groups, rows, r1 + r2] and `down_partials` [row tiles, r1 + r2, columns], in H's dtype.
+    `partials`, in H's dtype: up [column groups, rows, r1 + r2] and down [row tiles, r1 + r2, columns].
     """
-    rows, columns = h.shape
-    blocks = [rank_block(factor.shape[0]) for factor in (factors.A, factors.C)]
-    return Launch(
-        factor_gradients_kernel,
-        (
-            ceil_div(rows, shape.rows),
-            ceil_div(columns, shape.columns * shape.column_tiles),
-            max(ceil_div(f.shape[0], max(b.block for b in blocks)) for f in (factors.A, factors.C)),
-        ),
-        dict(
-            h=h, **_factor_tensors(factors), up_partials=up_partials, down_partials=down_partials,
-            rows=rows, columns=columns, **_ranks(factors), h_row_stride=h.stride(0),
-            **_factor_strides(factors),
-        ),
-        dict(
-            BLOCK_ROWS=shape.rows, BLOCK_COLUMNS=shape.columns, COLUMN_TILES=shape.column_tiles,
-            BLOCK_RANK=max(block.block for block in blocks), **_rank_constants(factors),
-            MASK_ROWS=rows % shape.rows != 0, MASK_COLUMNS=columns % shape.columns != 0,
-            WIDE=_is_wide(h, *factors[:4]),
-            **_estimator_constants(ste, clip_bound, gradients),
-            ACCUMULATOR=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
-            SPLIT=_splits(factors, compute_dtype, architecture),
-            PRECISION=_contraction_precision(compute_dtype, architecture), INTERPRETED=is_interpreted(),
-        ),
-        shape.warps,
-        shape.stages,
-    )  # fmt: skip
+    wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
+
+    def plan() -> Plan:
+        rows, columns = h.shape
+        tile = (shape.rows, shape.columns)
+        constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)
+        constants = constants._replace(
+            wide=_is_wide(h, *block.factors[:4]),
+            column_tiles=shape.column_tiles,
+            **_gradient_constants(estimator, wanted, constants, block.dtype, chip),
+        )
+        slices = max(ceil_div(rank, constants.block_rank) for rank in block.factors.ranks)
+        grid = (ceil_div(rows, shape.rows), ceil_div(columns, shape.columns * shape.column_tiles), slices)
+        return Plan(grid, constants, shape.warps, shape.stages)
+
+    arguments = (matrix(h), matrices(block.factors), *partials)
+    return Launch(factor_gradients_kernel, arguments, (shape, estimator, wanted, block.dtype), plan)
 
 
 def weight_product(
+    operation: str,
     out: torch.Tensor,
     input: torch.Tensor,
-    weight: torch.Tensor | None,
-    factors: Factors,
+    block: Block,
     bias: torch.Tensor | None,
-    rounding: str,
-    transposed: bool,
     hashes: Hashes,
     shape: ProductShape,
-    architecture: Architecture,
+    chip: Architecture,
 ) -> Launch:
-    """Y (or ∂X where `transposed`) into `out` [splits, tokens, first], last dimension contiguous.
+    """Y of ``"forward"``, ∂X of ``"input_gradient"`` into `out` [split-K parts, M, N], last dimension contiguous.
 
-    Split i sums its part of the second dimension. The bias is added only where there is one split.
+    Part i sums its share of K. The bias is added only where there is one part.
     """
-    splits, tokens, first = out.shape
-    rows, columns = factors.B.shape[0], factors.A.shape[1]
-    second = input.shape[1]
-    accumulator = accumulation_dtype(factors.A.dtype)
-    return Launch(
-        weight_product_kernel,
-        (ceil_div(tokens, shape.tokens) * ceil_div(first, shape.first), splits),
-        dict(
-            out=out, input=input, weight=input if weight is None else weight, **_factor_tensors(factors),
-            bias=input if bias is None else bias, row_hashes=hashes.rows, column_hashes=hashes.columns,
-            tokens=tokens, rows=rows, columns=columns, **_ranks(factors),
-            split_length=split_length(second, splits, shape),
-            out_split_stride=out.stride(0), out_token_stride=out.stride(1),
-            input_token_stride=input.stride(0), input_stride=input.stride(1),
-            weight_row_stride=0 if weight is None else weight.stride(0),
-            weight_column_stride=0 if weight is None else weight.stride(1),
-            **_factor_strides(factors),
-        ),
-        dict(
-            BLOCK_TOKENS=shape.tokens, BLOCK_FIRST=shape.first, BLOCK_SECOND=shape.second, **_rank_constants(factors),
-            MASK_TOKENS=tokens % shape.tokens != 0, MASK_FIRST=first % shape.first != 0,
-            MASK_SECOND=second % shape.second != 0,
-            WIDE=_is_wide(out, input, weight, *factors[:4]),
-            TRANSPOSED=transposed, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None and splits == 1,
-            DITHER=is_dithered(input.dtype, rounding),
-            ACCUMULATOR=_TL_DTYPES[accumulator], COMPUTE=_TL_DTYPES[_compute_dtype(accumulator, weight)],
-            PRODUCT=_TL_DTYPES[accumulation_dtype(input.dtype)],
-            SPLIT=_splits(factors, input.dtype, architecture),
-            PRECISION=_product_precision(input.dtype, architecture),
-            CANONICAL_NAN=_has_canonical_nan(accumulator, weight, architecture), INTERPRETED=is_interpreted(),
-        ),
-        shape.warps,
-        shape.stages,
+    split_k, m, n = out.shape
+    k, weight, precision = input.shape[1], block.dense_base, _product_precision(input.dtype, chip)
+
+    def plan() -> Plan:
+        transposed = operation == "input_gradient"
+        tile = (shape.block_k, shape.block_n) if transposed else (shape.block_n, shape.block_k)
+        constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)._replace(
+            wide=_is_wide(out, input, weight, *block.factors[:4]),
+            transposed=transposed, has_bias=bias is not None and split_k == 1,
+            block_tokens=shape.block_m, mask_tokens=m % shape.block_m != 0,
+            product=_TL_DTYPES[accumulation_dtype(input.dtype)], product_precision=precision,
+            **_weight_constants(block, weight, chip),
+        )  # fmt: skip
+        grid = (ceil_div(m, shape.block_m) * ceil_div(n, shape.block_n), split_k, 1)
+        return Plan(grid, constants, shape.warps, shape.stages)
+
+    base = matrix(input if weight is None else weight)
+    arguments = (
+        Matrix(out, m, n, *out.stride()[1:]), matrix(input), base, matrices(block.factors),
+        input if bias is None else bias, hashes, split_length(k, split_k, shape), out.stride(0),
     )  # fmt: skip
+    choices = (shape, operation, split_k, weight is None, bias is None, block.rounding, precision)
+    return Launch(weight_product_kernel, arguments, choices, plan)
 
 
 def token_product(
     grad: torch.Tensor,
     input: torch.Tensor,
     factors: Factors,
-    ste: str,
-    clip_bound: float,
-    gradients: FactorGradients,
-    up_partials: torch.Tensor,
-    down_partials: torch.Tensor,
+    estimator: Estimator,
+    gradients: ParameterGradients,
+    partials: tuple[torch.Tensor, torch.Tensor],
     shape: ProductShape,
-    architecture: Architecture,
+    chip: Architecture,
 ) -> Launch:
     """Partial factor gradients of G [tokens, rows] and X [tokens, columns]; partials as in `factor_gradients`."""
-    tokens, rows = grad.shape
-    columns = input.shape[1]
-    return Launch(
-        token_product_kernel,
-        (ceil_div(rows, shape.first) * ceil_div(columns, shape.second),),
-        dict(
-            grad=grad, input=input, **_factor_tensors(factors), up_partials=up_partials, down_partials=down_partials,
-            tokens=tokens, rows=rows, columns=columns, **_ranks(factors),
-            grad_token_stride=grad.stride(0), grad_row_stride=grad.stride(1),
-            input_token_stride=input.stride(0), input_column_stride=input.stride(1),
-            **_factor_strides(factors),
-        ),
-        dict(
-            BLOCK_ROWS=shape.first, BLOCK_COLUMNS=shape.second, BLOCK_TOKENS=shape.tokens,
-            BLOCK_RANK=max(rank_block(factor.shape[0]).block for factor in (factors.A, factors.C)),
-            **_rank_constants(factors),
-            MASK_ROWS=rows % shape.first != 0, MASK_COLUMNS=columns % shape.second != 0,
-            MASK_TOKENS=tokens % shape.tokens != 0, WIDE=_is_wide(grad, input, *factors[:4]),
-            **_estimator_constants(ste, clip_bound, gradients),
-            ACCUMULATOR=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
-            PRODUCT=_TL_DTYPES[up_partials.dtype],
-            SPLIT=_splits(factors, input.dtype, architecture),
-            PRODUCT_PRECISION=_product_precision(input.dtype, architecture),
-            PRECISION=_contraction_precision(input.dtype, architecture), INTERPRETED=is_interpreted(),
-        ),
-        shape.warps,
-        shape.stages,
-    )  # fmt: skip
+    wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
+    precision = _product_precision(input.dtype, chip)
+
+    def plan() -> Plan:
+        (tokens, rows), columns = grad.shape, input.shape[1]
+        constants = _tile_constants(factors, (rows, columns), (shape.block_m, shape.block_n), input.dtype, chip)
+        constants = constants._replace(
+            wide=_is_wide(grad, input, *factors[:4]),
+            block_tokens=shape.block_k, mask_tokens=tokens % shape.block_k != 0,
+            product=_TL_DTYPES[partials[0].dtype], product_precision=precision,
+            **_gradient_constants(estimator, wanted, constants, input.dtype, chip),
+        )  # fmt: skip
+        grid = (ceil_div(rows, shape.block_m) * ceil_div(columns, shape.block_n), 1, 1)
+        return Plan(grid, constants, shape.warps, shape.stages)
+
+    arguments = (matrix(grad.t()), matrix(input), matrices(factors), *partials)
+    return Launch(token_product_kernel, arguments, (shape, estimator, wanted, precision), plan)
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -260,40 +173,52 @@ def ceil_div(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def split_length(count: int, splits: int, shape: ProductShape) -> int:
-    """The part of a sum over `count` that one of `splits` programs takes: whole steps."""
-    return ceil_div(ceil_div(count, splits), shape.second) * shape.second
+def split_length(count: int, split_k: int, shape: ProductShape) -> int:
+    """The part of a sum over `count` that one of `split_k` programs takes: whole steps."""
+    return ceil_div(ceil_div(count, split_k), shape.block_k) * shape.block_k
 
 
-def _factor_tensors(factors: Factors) -> dict[str, torch.Tensor]:
-    return dict(A=factors.A, B=factors.B, C=factors.C, D=factors.D, scale=factors.scale)
+def matrix(tensor: torch.Tensor) -> Matrix:
+    """A 2-D tensor as kernels take it."""
+    return Matrix(tensor, *tensor.shape, *tensor.stride())
 
 
-def _factor_strides(factors: Factors) -> dict[str, int]:
-    A, B, C, D, _ = factors
-    return dict(
-        A_rank_stride=A.stride(0), A_column_stride=A.stride(1), B_row_stride=B.stride(0), B_rank_stride=B.stride(1),
-        C_rank_stride=C.stride(0), C_column_stride=C.stride(1), D_row_stride=D.stride(0), D_rank_stride=D.stride(1),
+def matrices(factors: Factors) -> FactorMatrices:
+    """The factors as kernels take them."""
+    A, B, C, D, scale = factors
+    return FactorMatrices(matrix(A), matrix(B), matrix(C), matrix(D), scale)
+
+
+def _tile_constants(
+    factors: Factors, shape: tuple[int, int], tile: tuple[int, int], compute_dtype: torch.dtype, chip: Architecture
+) -> Constants:
+    """What tiles of P and Q are compiled for, in a block of `shape`."""
+    (rows, columns), (block_rows, block_columns) = shape, tile
+    return Constants(
+        block_rows, block_columns, rows % block_rows != 0, columns % block_columns != 0,
+        *rank_block(factors.A.shape[0]), *rank_block(factors.C.shape[0]), wide=False,
+        accumulator=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
+        split_fp32=_splits_fp32(factors, compute_dtype, chip), interpreted=is_interpreted(),
     )  # fmt: skip
 
 
-def _ranks(factors: Factors) -> dict[str, int]:
-    return dict(r1=factors.A.shape[0], r2=factors.C.shape[0])
-
-
-def _rank_constants(factors: Factors) -> dict[str, Any]:
-    first, second = (rank_block(factor.shape[0]) for factor in (factors.A, factors.C))
+def _weight_constants(block: Block, weight: torch.Tensor | None, chip: Architecture) -> dict[str, Any]:
+    accumulator = accumulation_dtype(block.factors.A.dtype)
     return dict(
-        BLOCK_R1=first.block, SLICES_1=first.slices, MASK_R1=first.masked,
-        BLOCK_R2=second.block, SLICES_2=second.slices, MASK_R2=second.masked,
+        has_weight=weight is not None, dither=is_dithered(block.dtype, block.rounding),
+        compute=_TL_DTYPES[_compute_dtype(accumulator, weight)],
+        canonical_nan=_has_canonical_nan(accumulator, weight, chip),
     )  # fmt: skip
 
 
-def _estimator_constants(ste: str, clip_bound: float, gradients: FactorGradients) -> dict[str, Any]:
+def _gradient_constants(
+    estimator: Estimator, wanted: tuple[bool, bool], constants: Constants, dtype: torch.dtype, chip: Architecture
+) -> dict[str, Any]:
     # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
     return dict(
-        STE=ste, CLIP_BOUND=clip_bound,
-        WANT_MAGNITUDE=gradients.magnitude_wanted, WANT_DIRECTION=gradients.direction_wanted,
+        block_rank=max(constants.block_r1, constants.block_r2), ste=estimator.kind, clip_bound=estimator.bound,
+        want_magnitude=wanted[0], want_direction=wanted[1],
+        contraction_precision=_contraction_precision(dtype, chip),
     )  # fmt: skip
 
 
@@ -302,29 +227,29 @@ def _compute_dtype(accumulator: torch.dtype, weight: torch.Tensor | None) -> tor
     return accumulator if weight is None else torch.promote_types(accumulator, accumulation_dtype(weight.dtype))
 
 
-def _splits(factors: Factors, compute_dtype: torch.dtype, architecture: Architecture) -> bool:
+def _splits_fp32(factors: Factors, compute_dtype: torch.dtype, chip: Architecture) -> bool:
     """Whether fp32 factors multiply as three TF32 products: 2⁻²² is far below bf16's and fp16's rounding of W.
 
     An fp32 layer keeps fp32 multiplications, so that its error stays at the reference's.
     """
-    return architecture.is_nvidia and factors.A.dtype == torch.float32 and compute_dtype.itemsize == 2
+    return chip.is_nvidia and factors.A.dtype == torch.float32 and compute_dtype.itemsize == 2
 
 
-def _has_canonical_nan(accumulator: torch.dtype, weight: torch.Tensor | None, architecture: Architecture) -> bool:
+def _has_canonical_nan(accumulator: torch.dtype, weight: torch.Tensor | None, chip: Architecture) -> bool:
     """Whether every NaN in W0 + ΔW is 0x7FFFFFFF: NVIDIA's fp32 arithmetic makes them so; others keep payloads."""
     is_fp32 = _compute_dtype(accumulator, weight) == torch.float32
-    return architecture.is_nvidia and is_fp32 and not is_interpreted()
+    return chip.is_nvidia and is_fp32 and not is_interpreted()
 
 
-def _product_precision(dtype: torch.dtype, architecture: Architecture) -> str:
+def _product_precision(dtype: torch.dtype, chip: Architecture) -> str:
     """Of the large products: for fp32, what the user allows torch.mm on this device."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and architecture.is_nvidia else "ieee"
+    return "tf32" if allowed and chip.is_nvidia else "ieee"
 
 
-def _contraction_precision(compute_dtype: torch.dtype, architecture: Architecture) -> str:
+def _contraction_precision(compute_dtype: torch.dtype, chip: Architecture) -> str:
     """Of the products with ∂P and ∂Q: no sign hangs on them, so TF32 does for a layer that computes in 16 bits."""
-    return "tf32" if architecture.is_nvidia and compute_dtype.itemsize == 2 else "ieee"
+    return "tf32" if chip.is_nvidia and compute_dtype.itemsize == 2 else "ieee"
 
 
 def _is_wide(*tensors: torch.Tensor | None) -> bool:

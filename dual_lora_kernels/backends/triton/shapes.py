@@ -30,15 +30,17 @@ class PanelShape:
 
 @dataclass(frozen=True)
 class ProductShape:
-    """A tile of a fused product: `first` × `tokens` outputs, `second` a step of the sum; for up to `up_to` tokens.
+    """The tile of a fused product: outputs `block_m` × `block_n`, in steps of `block_k` along the sum.
 
-    In `token_product` first and second are rows and columns of H, and `tokens` is the step. `whole_tiles`: only for
-    weights of whole tiles, since the kernel spills where it masks the weight.
+    In the forward pass and ∂X, M are the tokens, so the tile of W is `block_n` × `block_k` or its transpose. In
+    ``token_product``, H = Gᵀ X [rows, columns] is the output and the sum runs over the tokens. The shape is for at most
+    `up_to` tokens. With `whole_tiles` it is only for weights of whole tiles, since its kernel spills registers where it
+    masks the weight.
     """
 
-    tokens: int
-    first: int
-    second: int
+    block_m: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
     up_to: int | None = None
@@ -47,7 +49,7 @@ class ProductShape:
 
     def suits(self, tokens: int, features: int, length: int) -> bool:
         """Whether it is meant for so many tokens, and for results of `features` from sums over `length`."""
-        is_whole = features % self.first == 0 and length % self.second == 0
+        is_whole = features % self.block_n == 0 and length % self.block_k == 0
         return (self.up_to is None or tokens <= self.up_to) and (is_whole or not self.whole_tiles)
 
 

@@ -1,6 +1,7 @@
 """The formula on one tile, for every kernel: products of factors, W = round(W0 + ΔW), and the products' gradients.
 
-A tile of W, P, Q or H is [rows, columns] as the whole matrix is: rows are out_features, columns in_features.
+A tile of W, P, Q or H is [rows, columns] as the whole matrix is: rows are out_features, columns in_features. ``T`` is a
+kernel's `arguments.Constants`; matrices and factors come as `arguments.Matrix` and `arguments.FactorMatrices`.
 """
 
 from __future__ import annotations
@@ -43,63 +44,41 @@ def rank_product(up, down, accumulator, SPLIT: tl.constexpr, INTERPRETED: tl.con
 
 
 @triton.jit
-def load_factor(
-    pointer, rows, columns, row_count, column_count, row_stride, column_stride,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of a factor, zero beyond its ends where they are masked."""
-    pointers = pointer + rows[:, None] * row_stride + columns[None, :] * column_stride
+def load(matrix, row, column, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile of a matrix, zero beyond its ends where they are masked."""
+    pointers = matrix.pointer + row[:, None] * matrix.row_stride + column[None, :] * matrix.column_stride
     if MASK_ROWS and MASK_COLUMNS:
-        return tl.load(pointers, mask=(rows < row_count)[:, None] & (columns < column_count)[None, :], other=0.0)
+        inside = (row < matrix.rows)[:, None] & (column < matrix.columns)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
     if MASK_ROWS:
-        return tl.load(pointers, mask=(rows < row_count)[:, None], other=0.0)
+        return tl.load(pointers, mask=(row < matrix.rows)[:, None], other=0.0)
     if MASK_COLUMNS:
-        return tl.load(pointers, mask=(columns < column_count)[None, :], other=0.0)
+        return tl.load(pointers, mask=(column < matrix.columns)[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
 def factor_product(
-    up_pointer, down_pointer, row, column, rows, columns, rank,
-    row_stride, up_rank_stride, down_rank_stride, column_stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_RANK: tl.constexpr, SLICES: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, MASK_RANK: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+    up, down, row, column,
+    BLOCK: tl.constexpr, SLICES: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """P or Q on a tile: the factors' lines loaded and multiplied, over slices of ``BLOCK_RANK`` in a fixed order."""
-    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=ACCUMULATOR)
+    """P or Q on a tile: the factors' lines loaded and multiplied, over slices of ``BLOCK`` ranks in a fixed order."""
+    ROWS: tl.constexpr = T.block_rows
+    COLUMNS: tl.constexpr = T.block_columns
+    product = tl.zeros((ROWS, COLUMNS), dtype=T.accumulator)
     for index in tl.static_range(SLICES):
-        ranks = index * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-        up = load_factor(up_pointer, row, ranks, rows, rank, row_stride, up_rank_stride, MASK_ROWS, MASK_RANK)
-        down = load_factor(
-            down_pointer, ranks, column, rank, columns, down_rank_stride, column_stride, MASK_RANK, MASK_COLUMNS
-        )
-        product = rank_product(up, down, product, SPLIT, INTERPRETED)
+        ranks = index * BLOCK + tl.arange(0, BLOCK)
+        up_tile = load(up, row, ranks, T.mask_rows, MASKED)
+        down_tile = load(down, ranks, column, MASKED, T.mask_columns)
+        product = rank_product(up_tile, down_tile, product, T.split_fp32, T.interpreted)
     return product
 
 
 @triton.jit
-def factor_products(
-    A, B, C, D, row, column, rows, columns, r1, r2,
-    A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
-    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
-    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
+def factor_products(factors, row, column, T: tl.constexpr):
     """(P, Q) on the tile at `row` × `column`."""
-    p = factor_product(
-        B, A, row, column, rows, columns, r1, B_row_stride, B_rank_stride, A_rank_stride, A_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_ROWS, MASK_COLUMNS, MASK_R1,
-        ACCUMULATOR, SPLIT, INTERPRETED,
-    )  # fmt: skip
-    q = factor_product(
-        D, C, row, column, rows, columns, r2, D_row_stride, D_rank_stride, C_rank_stride, C_column_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R2, SLICES_2, MASK_ROWS, MASK_COLUMNS, MASK_R2,
-        ACCUMULATOR, SPLIT, INTERPRETED,
-    )  # fmt: skip
+    p = factor_product(factors.B, factors.A, row, column, T.block_r1, T.slices_r1, T.mask_r1, T)
+    q = factor_product(factors.D, factors.C, row, column, T.block_r2, T.slices_r2, T.mask_r2, T)
     return p, q
 
 
@@ -156,51 +135,33 @@ def round_tile(
 
 
 @triton.jit
-def effective_tile(
-    weight, A, B, C, D, scale, row_hashes, column_hashes, row, column, rows, columns, r1, r2,
-    weight_row_stride, weight_column_stride, A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
-    C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_R1: tl.constexpr, SLICES_1: tl.constexpr, MASK_R1: tl.constexpr,
-    BLOCK_R2: tl.constexpr, SLICES_2: tl.constexpr, MASK_R2: tl.constexpr,
-    MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr, HAS_WEIGHT: tl.constexpr, DITHER: tl.constexpr,
-    DTYPE: tl.constexpr, ACCUMULATOR: tl.constexpr, COMPUTE: tl.constexpr,
-    SPLIT: tl.constexpr, CANONICAL_NAN: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """round(W0 + ΔW) of the tile at `row` × `column`, from memory. Beyond `rows` and `columns` it holds small numbers.
+def effective_tile(weight, factors, hashes, scale, row, column, DTYPE: tl.constexpr, T: tl.constexpr):
+    """round(W0 + ΔW) of the tile at `row` × `column`, from memory. Beyond the weight's ends it holds small numbers.
 
-    `scale` is a value of dtype ``COMPUTE``. The hash vectors are longer than any tile reaches.
+    `scale` is a value of type ``T.compute``. The two vectors of `hashes` are longer than any tile reaches.
     """
-    p, q = factor_products(
-        A, B, C, D, row, column, rows, columns, r1, r2,
-        A_rank_stride, A_column_stride, B_row_stride, B_rank_stride,
-        C_rank_stride, C_column_stride, D_row_stride, D_rank_stride,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_R1, SLICES_1, MASK_R1, BLOCK_R2, SLICES_2, MASK_R2,
-        MASK_ROWS, MASK_COLUMNS, ACCUMULATOR, SPLIT, INTERPRETED,
-    )  # fmt: skip
+    p, q = factor_products(factors, row, column, T)
     base = p
-    if HAS_WEIGHT:
-        base = load_factor(
-            weight, row, column, rows, columns, weight_row_stride, weight_column_stride, MASK_ROWS, MASK_COLUMNS
-        )
-    total = weight_tile(base, p.to(COMPUTE), q.to(COMPUTE), scale, HAS_WEIGHT)
+    if T.has_weight:
+        base = load(weight, row, column, T.mask_rows, T.mask_columns)
+    total = weight_tile(base, p.to(T.compute), q.to(T.compute), scale, T.has_weight)
     row_hash, column_hash = row, column
-    if DITHER:
-        row_hash, column_hash = tl.load(row_hashes + row), tl.load(column_hashes + column)
-    return round_tile(total, row_hash, column_hash, DTYPE, DITHER, CANONICAL_NAN, INTERPRETED)
+    if T.dither:
+        row_hash, column_hash = tl.load(hashes[0] + row), tl.load(hashes[1] + column)
+    return round_tile(total, row_hash, column_hash, DTYPE, T.dither, T.canonical_nan, T.interpreted)
 
 
 @triton.jit
-def product_gradient_tiles(h, p, q, scale, STE: tl.constexpr, CLIP_BOUND: tl.constexpr):
+def product_gradient_tiles(h, p, q, scale, T: tl.constexpr):
     """(∂P, ∂Q) on a tile from its complete H = Gᵀ X."""
     scaled = h * scale
     grad_p = tl.where(p > 0, tl.where(q > 0, scaled, -scaled), 0.0)
     grad_q = scaled * tl.maximum(p, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if STE == "clip":
-        bound = tl.full((), CLIP_BOUND, grad_q.dtype)
+    if T.ste == "clip":
+        bound = tl.full((), T.clip_bound, grad_q.dtype)
         # Not tl.clamp: for fp64, Triton 3.9 lowers its symmetric form to an instruction that does not exist.
         grad_q = tl.minimum(grad_q, bound, propagate_nan=tl.PropagateNan.ALL)
         grad_q = tl.maximum(grad_q, -bound, propagate_nan=tl.PropagateNan.ALL)
-    elif STE == "xnor":
+    elif T.ste == "xnor":
         grad_q = tl.where(tl.abs(q) <= 1, grad_q, 0.0)
     return grad_p, grad_q

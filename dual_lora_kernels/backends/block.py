@@ -1,0 +1,209 @@
+"""What belongs together travels as one value: a block of the weight, its factors, and their gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Factors(NamedTuple):
+    """The four factors of a block: A [r1, k], B [n, r1], C [r2, k], D [n, r2], one dtype, and the scale s (0-dim)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, k] of the block that they update."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """(r1, r2)."""
+        return self.A.shape[0], self.C.shape[0]
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The factors in `dtype`; the scale as it is."""
+        A, B, C, D = (factor.to(dtype) for factor in self[:4])
+        return Factors(A, B, C, D, self.scale)
+
+    def rows(self, start: int, stop: int) -> Factors:
+        """The factors of rows start … stop of the block."""
+        A, B, C, D, scale = self
+        return Factors(A, B[start:stop], C, D[start:stop], scale)
+
+    def columns(self, start: int, stop: int) -> Factors:
+        """The factors of columns start … stop of the block."""
+        A, B, C, D, scale = self
+        return Factors(A[:, start:stop], B, C[:, start:stop], D, scale)
+
+
+class ParameterGradients(NamedTuple):
+    """Where the gradients of a block's parameters go; None where a gradient is not wanted.
+
+    A, B, C, D accumulate, in fp32 or fp64. `weight` [n, k], of W0's dtype, is written.
+    """
+
+    A: torch.Tensor | None
+    B: torch.Tensor | None
+    C: torch.Tensor | None
+    D: torch.Tensor | None
+    weight: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> ParameterGradients:
+        """The gradients of rows start … stop of the block."""
+        B, D, weight = (None if lines is None else lines[start:stop] for lines in (self.B, self.D, self.weight))
+        return ParameterGradients(self.A, B, self.C, D, weight)
+
+    def columns(self, start: int, stop: int) -> ParameterGradients:
+        """The gradients of columns start … stop of the block."""
+        A, C, weight = (None if lines is None else lines[:, start:stop] for lines in (self.A, self.C, self.weight))
+        return ParameterGradients(A, self.B, C, self.D, weight)
+
+    @property
+    def magnitude_wanted(self) -> bool:
+        """Whether ∂P is needed."""
+        return self.A is not None or self.B is not None
+
+    @property
+    def direction_wanted(self) -> bool:
+        """Whether ∂Q is needed."""
+        return self.C is not None or self.D is not None
+
+    @property
+    def factors_wanted(self) -> bool:
+        """Whether any factor's gradient is to be computed."""
+        return self.magnitude_wanted or self.direction_wanted
+
+
+class Base(Protocol):
+    """W0 of one block [n, k], in the form in which it is stored. A new storage format is one more implementation.
+
+    `base_of` chooses the implementation.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, k]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W0's numbers, after any dequantisation."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where W0 is stored."""
+
+    @property
+    def dense(self) -> torch.Tensor | None:
+        """W0 as a tensor that kernels read where it lies; None where `load` has to compute it."""
+
+    def rows(self, start: int, stop: int) -> Base:
+        """Rows start … stop, without a copy."""
+
+    def columns(self, start: int, stop: int) -> Base:
+        """Columns start … stop, without a copy."""
+
+    def load(self, out: torch.Tensor) -> None:
+        """Write W0 into `out` [n, k], of any dtype and strides."""
+
+
+class DenseBase(NamedTuple):
+    """W0 as a plain tensor: backends read it in place and load nothing."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n, k]."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The tensor's device."""
+        return self.tensor.device
+
+    @property
+    def dense(self) -> torch.Tensor:
+        """The tensor itself."""
+        return self.tensor
+
+    def rows(self, start: int, stop: int) -> DenseBase:
+        """Rows start … stop: a view."""
+        return DenseBase(self.tensor[start:stop])
+
+    def columns(self, start: int, stop: int) -> DenseBase:
+        """Columns start … stop: a view."""
+        return DenseBase(self.tensor[:, start:stop])
+
+    def load(self, out: torch.Tensor) -> None:
+        """Copy the tensor into `out`."""
+        out.copy_(self.tensor)
+
+
+def base_of(weight: torch.Tensor | None) -> Base | None:
+    """The `Base` that reads a layer's weight; None for a call without W0."""
+    return None if weight is None else DenseBase(weight)
+
+
+class Block(NamedTuple):
+    """One block of W = round(W0 + ΔW), [n, k]: all that its elements' bits depend on.
+
+    `base` is None for the update alone. `row0` and `col0` place the block in the full weight: the dither and the eager
+    backend's grid of tiles follow from them. W is rounded to `dtype`, the compute dtype.
+    """
+
+    base: Base | None
+    factors: Factors
+    rounding: str
+    dtype: torch.dtype
+    row0: int = 0
+    col0: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, k]."""
+        return self.factors.shape
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """(row0, col0)."""
+        return self.row0, self.col0
+
+    def rows(self, start: int, stop: int) -> Block:
+        """Rows start … stop."""
+        base, factors, rounding, dtype, row0, col0 = self
+        base = None if base is None else base.rows(start, stop)
+        return Block(base, factors.rows(start, stop), rounding, dtype, row0 + start, col0)
+
+    def columns(self, start: int, stop: int) -> Block:
+        """Columns start … stop."""
+        base, factors, rounding, dtype, row0, col0 = self
+        base = None if base is None else base.columns(start, stop)
+        return Block(base, factors.columns(start, stop), rounding, dtype, row0, col0 + start)
+
+    @property
+    def dense_base(self) -> torch.Tensor | None:
+        """W0 as a tensor that kernels read where it lies; None without W0, or where it has to be loaded."""
+        return None if self.base is None else self.base.dense
+
+    @property
+    def needs_loading(self) -> bool:
+        """Whether W0 has to be loaded before a kernel can read it."""
+        return self.base is not None and self.base.dense is None
+
+    def load_base(self, out: torch.Tensor) -> torch.Tensor | None:
+        """W0 for a kernel that writes W into `out`: where it lies, or else loaded into `out`; None without W0."""
+        if self.base is None or self.base.dense is not None:
+            return self.dense_base
+        self.base.load(out)
+        return out

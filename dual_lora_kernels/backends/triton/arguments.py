@@ -1,0 +1,79 @@
+"""What kernels take: tensors as named tuples, which Triton passes on field by field, and one tuple of constants."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory. Fields are a tensor and integers on the host, a pointer and scalars in a kernel."""
+
+    pointer: Any
+    rows: Any
+    columns: Any
+    row_stride: Any
+    column_stride: Any
+
+
+class FactorMatrices(NamedTuple):
+    """A [r1, k], B [n, r1], C [r2, k], D [n, r2], and a pointer to the scale."""
+
+    A: Any
+    B: Any
+    C: Any
+    D: Any
+    scale: Any
+
+
+class Hashes(NamedTuple):
+    """The dither's vectors, each long enough for the whole weight and a tile more; rows and columns of the weight."""
+
+    rows: Any
+    columns: Any
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for. Fields are flat, because Triton 3.6 does not compile nested ones.
+
+    A tile of W or H is `block_rows` × `block_columns`. Kernels ignore the fields below that do not concern them.
+    """
+
+    block_rows: int
+    block_columns: int
+    mask_rows: bool
+    mask_columns: bool
+    block_r1: int
+    slices_r1: int
+    mask_r1: bool
+    block_r2: int
+    slices_r2: int
+    mask_r2: bool
+    wide: bool
+    """Offsets in some tensor need 64 bits."""
+    accumulator: Any
+    """The type in which rank products accumulate."""
+    split_fp32: bool
+    """fp32 factors multiply as three TF32 products."""
+    interpreted: bool
+    # W: `effective_tile`
+    has_weight: bool = False
+    dither: bool = False
+    compute: Any = None
+    """The type of W0 + ΔW before rounding."""
+    canonical_nan: bool = False
+    # Products with the tokens: Y, ∂X, H
+    block_tokens: int = 0
+    mask_tokens: bool = False
+    product: Any = None
+    """The type in which the product accumulates."""
+    product_precision: str = "ieee"
+    transposed: bool = False
+    has_bias: bool = False
+    # The factors' gradients
+    block_rank: int = 0
+    column_tiles: int = 1
+    ste: str = ""
+    clip_bound: float = 0.0
+    want_magnitude: bool = False
+    want_direction: bool = False
+    contraction_precision: str = "ieee"
