@@ -7,17 +7,18 @@ launch compiled to is kept, and a repetition hands it its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import Constants, FactorMatrices, Matrix
+from .arguments import Constants, Matrix
 
 _MOST_KEPT = 4096
 """Beyond so many kept launches all are dropped: batches of ever new lengths make ever new ones."""
 _ALIGNMENT = 16
+_NOTHING = nullcontext()
 
 
 class Plan(NamedTuple):
@@ -35,58 +36,75 @@ class Plan(NamedTuple):
 
 
 class _Kept(NamedTuple):
+    """What a launch compiled to, and the sizes and strides of its matrices."""
+
     run: Callable[..., None]
     constants: Constants
+    layouts: list[tuple[int, ...]]
 
 
 _kept: dict[Hashable, _Kept] = {}
 
 
 class Launch(NamedTuple):
-    """A kernel, its arguments before the constants, and how to plan the rest.
+    """A kernel, what it is called with, and how to plan the rest.
 
-    `plan` is called once for each `choices` and each kind of arguments: their dtypes, sizes, strides, alignment and
-    device. What else its plan depends on is in `choices`.
+    `arrange` makes the kernel's arguments before the constants of `matrices`, as `arguments.Matrix`, and `others`,
+    tensors and integers. `plan` is called once for each `choices` and each kind of matrices and others: their dtypes,
+    sizes, strides, alignment and device. What else its plan depends on is in `choices`.
     """
 
     kernel: Any
-    arguments: tuple[Any, ...]
+    matrices: tuple[torch.Tensor, ...]
+    others: tuple[Any, ...]
+    arrange: Callable[[Sequence[Any], tuple[Any, ...]], tuple[Any, ...]]
     choices: tuple[Hashable, ...]
     plan: Callable[[], Plan]
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The kernel's arguments before the constants."""
+        return self.arrange([Matrix(tensor, *_layout(tensor)) for tensor in self.matrices], self.others)
+
     def run(self) -> None:
         """Launch the kernel on the current stream of its tensors' device."""
-        first = self.arguments[0].pointer
-        with _device_guard(first.device):
-            key = (self.kernel.fn, first.device, self.choices, *map(_kind, self.arguments))
+        with _device_guard(self.matrices[0]):
+            key = self._key()
             kept = _kept.get(key)
-            if kept is not None:
-                kept.run(*self.arguments, kept.constants)
-                return
-            plan = self.plan()
-            compiled = self.kernel[plan.grid](*self.arguments, plan.constants, **plan.options)
-            if compiled is not None:  # the interpreter compiles nothing
-                if len(_kept) >= _MOST_KEPT:
-                    _kept.clear()
-                _kept[key] = _Kept(compiled[plan.grid], plan.constants)
+            if kept is None:
+                self._run_first(key)
+            else:
+                matrices = [(tensor, *layout) for tensor, layout in zip(self.matrices, kept.layouts, strict=True)]
+                kept.run(*self.arrange(matrices, self.others), kept.constants)
+
+    def _key(self) -> Hashable:
+        """What Triton compiles for, and what a plan may look at."""
+        return (
+            self.kernel.fn,
+            self.choices,
+            self.matrices[0].get_device(),
+            *[(each.dtype, each.data_ptr() % _ALIGNMENT, each.shape, each.stride()) for each in self.matrices],
+            *[
+                (each.dtype, each.data_ptr() % _ALIGNMENT) if isinstance(each, torch.Tensor) else each
+                for each in self.others
+            ],
+        )
+
+    def _run_first(self, key: Hashable) -> None:
+        plan = self.plan()
+        compiled = self.kernel[plan.grid](*self.arguments, plan.constants, **plan.options)
+        if compiled is not None:  # the interpreter compiles nothing
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            layouts = [_layout(tensor) for tensor in self.matrices]
+            _kept[key] = _Kept(compiled[plan.grid], plan.constants, layouts)
 
 
-def _kind(argument: Any) -> Hashable:
-    """What Triton compiles for in an argument, and what a plan may look at."""
-    if isinstance(argument, Matrix):
-        tensor = argument[0]
-        return (tensor.dtype, tensor.data_ptr() % _ALIGNMENT, argument[1:])
-    if isinstance(argument, FactorMatrices):
-        A, B, C, D, scale = argument
-        return (_kind(A), _kind(B), _kind(C), _kind(D), _kind(scale))
-    if isinstance(argument, torch.Tensor):
-        return (argument.dtype, argument.data_ptr() % _ALIGNMENT)
-    if isinstance(argument, tuple):
-        return tuple(map(_kind, argument))
-    return argument  # type: ignore[no-any-return]
+def _layout(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (*tensor.shape, *tensor.stride())
 
 
-def _device_guard(device: torch.device) -> Any:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+def _device_guard(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)

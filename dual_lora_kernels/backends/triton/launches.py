@@ -17,7 +17,7 @@ from ...rounding import is_dithered
 from ..block import Block, Factors, ParameterGradients
 from ..interface import Estimator
 from .architecture import Architecture, is_interpreted
-from .arguments import Constants, FactorMatrices, Hashes, Matrix
+from .arguments import Constants, FactorMatrices, Hashes
 from .fused_kernels import token_product_kernel, weight_product_kernel
 from .launch import Launch, Plan
 from .panel_kernels import effective_weight_kernel, factor_gradients_kernel
@@ -63,8 +63,14 @@ def effective_weight(
         grid = (ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
 
-    arguments = (matrix(out), matrix(out if weight is None else weight), matrices(block.factors), hashes, *block.origin)
-    return Launch(effective_weight_kernel, arguments, (shape, weight is None, block.rounding), plan)
+    return Launch(
+        effective_weight_kernel,
+        (out, out if weight is None else weight, *block.factors[:4]),
+        (block.factors.scale, *hashes, *block.origin),
+        _panel_arguments,
+        (shape, weight is None, block.rounding),
+        plan,
+    )
 
 
 def factor_gradients(
@@ -95,8 +101,9 @@ def factor_gradients(
         grid = (ceil_div(rows, shape.rows), ceil_div(columns, shape.columns * shape.column_tiles), slices)
         return Plan(grid, constants, shape.warps, shape.stages)
 
-    arguments = (matrix(h), matrices(block.factors), *partials)
-    return Launch(factor_gradients_kernel, arguments, (shape, estimator, wanted, block.dtype), plan)
+    matrices, others = (h, *block.factors[:4]), (block.factors.scale, *partials)
+    choices = (shape, estimator, wanted, block.dtype)
+    return Launch(factor_gradients_kernel, matrices, others, _panel_gradient_arguments, choices, plan)
 
 
 def weight_product(
@@ -129,13 +136,17 @@ def weight_product(
         grid = (ceil_div(m, shape.block_m) * ceil_div(n, shape.block_n), split_k, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
 
-    base = matrix(input if weight is None else weight)
-    arguments = (
-        Matrix(out, m, n, *out.stride()[1:]), matrix(input), base, matrices(block.factors),
-        input if bias is None else bias, hashes, split_length(k, split_k, shape), out.stride(0),
+    return Launch(
+        weight_product_kernel,
+        (out[0], input, input if weight is None else weight, *block.factors[:4]),
+        (
+            block.factors.scale, *hashes, input if bias is None else bias,
+            split_length(k, split_k, shape), out.stride(0),
+        ),
+        _product_arguments,
+        (shape, operation, split_k, weight is None, bias is None, block.rounding, precision),
+        plan,
     )  # fmt: skip
-    choices = (shape, operation, split_k, weight is None, bias is None, block.rounding, precision)
-    return Launch(weight_product_kernel, arguments, choices, plan)
 
 
 def token_product(
@@ -164,8 +175,33 @@ def token_product(
         grid = (ceil_div(rows, shape.block_m) * ceil_div(columns, shape.block_n), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
 
-    arguments = (matrix(grad.t()), matrix(input), matrices(factors), *partials)
-    return Launch(token_product_kernel, arguments, (shape, estimator, wanted, precision), plan)
+    matrices, others = (grad.t(), input, *factors[:4]), (factors.scale, *partials)
+    choices = (shape, estimator, wanted, precision)
+    return Launch(token_product_kernel, matrices, others, _token_arguments, choices, plan)
+
+
+def _panel_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    out, weight, A, B, C, D = matrices
+    scale, row_hashes, column_hashes, *origin = others
+    return (out, weight, FactorMatrices(A, B, C, D, scale), Hashes(row_hashes, column_hashes), *origin)
+
+
+def _panel_gradient_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    h, A, B, C, D = matrices
+    scale, up_partials, down_partials = others
+    return (h, FactorMatrices(A, B, C, D, scale), up_partials, down_partials)
+
+
+def _product_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    out, input, weight, A, B, C, D = matrices
+    scale, row_hashes, column_hashes, bias, *split = others
+    return (out, input, weight, FactorMatrices(A, B, C, D, scale), bias, Hashes(row_hashes, column_hashes), *split)
+
+
+def _token_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    grad, input, A, B, C, D = matrices
+    scale, up_partials, down_partials = others
+    return (grad, input, FactorMatrices(A, B, C, D, scale), up_partials, down_partials)
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -176,17 +212,6 @@ def ceil_div(count: int, size: int) -> int:
 def split_length(count: int, split_k: int, shape: ProductShape) -> int:
     """The part of a sum over `count` that one of `split_k` programs takes: whole steps."""
     return ceil_div(ceil_div(count, split_k), shape.block_k) * shape.block_k
-
-
-def matrix(tensor: torch.Tensor) -> Matrix:
-    """A 2-D tensor as kernels take it."""
-    return Matrix(tensor, *tensor.shape, *tensor.stride())
-
-
-def matrices(factors: Factors) -> FactorMatrices:
-    """The factors as kernels take them."""
-    A, B, C, D, scale = factors
-    return FactorMatrices(matrix(A), matrix(B), matrix(C), matrix(D), scale)
 
 
 def _tile_constants(
