@@ -23,6 +23,7 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
     BLOCK_M: tl.constexpr = T.block_tokens
     BLOCK_N: tl.constexpr = T.block_columns if T.transposed else T.block_rows
     BLOCK_K: tl.constexpr = T.block_rows if T.transposed else T.block_columns
+    PRECISION: tl.constexpr = T.product_precision
     MASK_K: tl.constexpr = T.mask_rows if T.transposed else T.mask_columns
     token_tiles = tl.cdiv(out.rows, BLOCK_M)
     m = tl.program_id(0) % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -31,20 +32,22 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
     stop = tl.minimum(start + split_length, input.columns)
     if T.wide:
         n, m = n.to(tl.int64), m.to(tl.int64)
-    scale = tl.load(factors.scale).to(T.compute)
+    A, B, C, D, scale_pointer = factors
+    matrices = (A, B, C, D)  # built anew, as in factor_gradients_kernel
+    scale = tl.load(scale_pointer).to(T.compute)
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=T.product)
     for position in range(start, stop, BLOCK_K):
         k = position + tl.arange(0, BLOCK_K)
         if T.wide:
             k = k.to(tl.int64)
-        x = load(input, m, k, T.mask_tokens, MASK_K)
-        row, column = n, k
+        x = load(input, m, k, out.rows, stop, T.mask_tokens, MASK_K)
+        row, column, shape = n, k, (out.columns, stop)
         if T.transposed:
-            row, column = k, n
-        tile = effective_tile(weight, factors, hashes, scale, row, column, input.pointer.dtype.element_ty, T)
+            row, column, shape = k, n, (stop, out.columns)
+        tile = effective_tile(weight, matrices, hashes, scale, row, column, shape, input.pointer.dtype.element_ty, T)
         if not T.transposed:
             tile = tl.trans(tile)
-        accumulator = dot(x, tile, accumulator, T.product_precision, T.interpreted)
+        accumulator = dot(x, tile, accumulator, PRECISION, T.interpreted)
     if T.has_bias:
         accumulator += tl.load(bias + n, mask=n < out.columns, other=0.0).to(T.product)[None, :]
     first = out.pointer + tl.program_id(1).to(tl.int64) * out_split_stride
@@ -64,6 +67,10 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
     ROWS: tl.constexpr = T.block_rows
     COLUMNS: tl.constexpr = T.block_columns
     RANK: tl.constexpr = T.block_rank
+    PRECISION: tl.constexpr = T.product_precision
+    shape = (grad.rows, input.columns)
+    A, B, C, D, scale_pointer = factors
+    matrices = (A, B, C, D)  # built anew, as in factor_gradients_kernel
     column_tiles = tl.cdiv(input.columns, COLUMNS)
     row_tile = tl.program_id(0) // column_tiles
     column_tile = tl.program_id(0) % column_tiles
@@ -77,19 +84,19 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
         token = position + tl.arange(0, T.block_tokens)
         if T.wide:
             token = token.to(tl.int64)
-        g = load(grad, row, token, T.mask_rows, T.mask_tokens)
-        x = load(input, token, column, T.mask_tokens, T.mask_columns)
-        h = dot(g, x, h, T.product_precision, T.interpreted)
+        g = load(grad, row, token, grad.rows, input.rows, T.mask_rows, T.mask_tokens)
+        x = load(input, token, column, input.rows, input.columns, T.mask_tokens, T.mask_columns)
+        h = dot(g, x, h, PRECISION, T.interpreted)
     if T.mask_rows or T.mask_columns:  # an infinity times a line that was not there is a NaN, which would spread
         h = tl.where((row < grad.rows)[:, None] & (column < input.columns)[None, :], h, 0.0)
-    p, q = factor_products(factors, row, column, T)
+    p, q = factor_products(matrices, row, column, shape, T)
     gradient_B = tl.zeros((ROWS, RANK), dtype=T.product)
     gradient_D = tl.zeros((ROWS, RANK), dtype=T.product)
-    both_ranks = factors.A.rows + factors.C.rows
-    scale = tl.load(factors.scale).to(T.product)
+    both_ranks = A.rows + C.rows
+    scale = tl.load(scale_pointer).to(T.product)
     gradient_B, gradient_D = contribute(
-        h, p.to(T.product), q.to(T.product), scale, factors, row, column, ranks, (gradient_B, gradient_D),
+        h, p.to(T.product), q.to(T.product), scale, matrices, row, column, shape, ranks, (gradient_B, gradient_D),
         down_partials + row_tile.to(tl.int64) * both_ranks * input.columns, T,
     )  # fmt: skip
     up_partials += column_tile.to(tl.int64) * grad.rows * both_ranks
-    store_up(up_partials, (gradient_B, gradient_D), factors, row, ranks, T)
+    store_up(up_partials, (gradient_B, gradient_D), matrices, row, grad.rows, ranks, T)

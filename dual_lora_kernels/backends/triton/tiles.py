@@ -1,7 +1,7 @@
 """The formula on one tile, for every kernel: products of factors, W = round(W0 + ΔW), and the products' gradients.
 
 A tile of W, P, Q or H is [rows, columns] as the whole matrix is: rows are out_features, columns in_features. ``T`` is a
-kernel's `arguments.Constants`; matrices and factors come as `arguments.Matrix` and `arguments.FactorMatrices`.
+kernel's `arguments.Constants`; a matrix is an `arguments.Matrix`, and `factors` are A, B, C, D as such.
 """
 
 from __future__ import annotations
@@ -44,22 +44,25 @@ def rank_product(up, down, accumulator, SPLIT: tl.constexpr, INTERPRETED: tl.con
 
 
 @triton.jit
-def load(matrix, row, column, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
-    """A tile of a matrix, zero beyond its ends where they are masked."""
+def load(matrix, row, column, row_stop, column_stop, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
+    """A tile of a matrix, zero from `row_stop` and `column_stop` on where they are masked.
+
+    The ends are arguments, and not the matrix's own, so that tiles of several matrices share their masks.
+    """
     pointers = matrix.pointer + row[:, None] * matrix.row_stride + column[None, :] * matrix.column_stride
     if MASK_ROWS and MASK_COLUMNS:
-        inside = (row < matrix.rows)[:, None] & (column < matrix.columns)[None, :]
+        inside = (row < row_stop)[:, None] & (column < column_stop)[None, :]
         return tl.load(pointers, mask=inside, other=0.0)
     if MASK_ROWS:
-        return tl.load(pointers, mask=(row < matrix.rows)[:, None], other=0.0)
+        return tl.load(pointers, mask=(row < row_stop)[:, None], other=0.0)
     if MASK_COLUMNS:
-        return tl.load(pointers, mask=(column < matrix.columns)[None, :], other=0.0)
+        return tl.load(pointers, mask=(column < column_stop)[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
 def factor_product(
-    up, down, row, column,
+    up, down, row, column, shape,
     BLOCK: tl.constexpr, SLICES: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """P or Q on a tile: the factors' lines loaded and multiplied, over slices of ``BLOCK`` ranks in a fixed order."""
@@ -68,17 +71,18 @@ def factor_product(
     product = tl.zeros((ROWS, COLUMNS), dtype=T.accumulator)
     for index in tl.static_range(SLICES):
         ranks = index * BLOCK + tl.arange(0, BLOCK)
-        up_tile = load(up, row, ranks, T.mask_rows, MASKED)
-        down_tile = load(down, ranks, column, MASKED, T.mask_columns)
+        up_tile = load(up, row, ranks, shape[0], down.rows, T.mask_rows, MASKED)
+        down_tile = load(down, ranks, column, down.rows, shape[1], MASKED, T.mask_columns)
         product = rank_product(up_tile, down_tile, product, T.split_fp32, T.interpreted)
     return product
 
 
 @triton.jit
-def factor_products(factors, row, column, T: tl.constexpr):
-    """(P, Q) on the tile at `row` × `column`."""
-    p = factor_product(factors.B, factors.A, row, column, T.block_r1, T.slices_r1, T.mask_r1, T)
-    q = factor_product(factors.D, factors.C, row, column, T.block_r2, T.slices_r2, T.mask_r2, T)
+def factor_products(factors, row, column, shape, T: tl.constexpr):
+    """(P, Q) on the tile at `row` × `column` of a block of `shape`, (rows, columns)."""
+    A, B, C, D = factors
+    p = factor_product(B, A, row, column, shape, T.block_r1, T.slices_r1, T.mask_r1, T)
+    q = factor_product(D, C, row, column, shape, T.block_r2, T.slices_r2, T.mask_r2, T)
     return p, q
 
 
@@ -135,15 +139,15 @@ def round_tile(
 
 
 @triton.jit
-def effective_tile(weight, factors, hashes, scale, row, column, DTYPE: tl.constexpr, T: tl.constexpr):
-    """round(W0 + ΔW) of the tile at `row` × `column`, from memory. Beyond the weight's ends it holds small numbers.
+def effective_tile(weight, factors, hashes, scale, row, column, shape, DTYPE: tl.constexpr, T: tl.constexpr):
+    """round(W0 + ΔW) of the tile at `row` × `column`, from memory. Beyond `shape`, (rows, columns), are small numbers.
 
     `scale` is a value of type ``T.compute``. The two vectors of `hashes` are longer than any tile reaches.
     """
-    p, q = factor_products(factors, row, column, T)
+    p, q = factor_products(factors, row, column, shape, T)
     base = p
     if T.has_weight:
-        base = load(weight, row, column, T.mask_rows, T.mask_columns)
+        base = load(weight, row, column, shape[0], shape[1], T.mask_rows, T.mask_columns)
     total = weight_tile(base, p.to(T.compute), q.to(T.compute), scale, T.has_weight)
     row_hash, column_hash = row, column
     if T.dither:
