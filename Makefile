@@ -49,7 +49,7 @@ test: test-eager test-triton test-few-machines
 test-eager: $(VENV)/.installed
 	$(PYTHON) -m pytest $(PARALLEL)
 
-# Settings that stand in for other processors, libraries' paths and thread counts (benchmarks/machines.py).
+# Settings that stand in for other processors, libraries' paths and thread counts (benchmarks/harness/machines.py).
 test-few-machines: $(VENV)/.installed
 	$(PYTHON) -m tests.machines
 
@@ -82,19 +82,19 @@ lint: $(VENV)/.installed
 
 # With the newest Triton and with the oldest that is supported, which GPU machines have: it needs more registers and memory.
 kernels: $(VENV)/.installed build/triton-$(OLDEST_TRITON)
-	$(PYTHON) -m benchmarks.static_report --check --out results/kernels
-	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.static_report --check --out results/kernels-oldest
+	$(PYTHON) -m benchmarks.compiler.static_report --check --out results/kernels
+	PYTHONPATH=build/triton-$(OLDEST_TRITON) $(PYTHON) -m benchmarks.compiler.static_report --check --out results/kernels-oldest
 
 build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $@ triton==$(OLDEST_TRITON)
 
 gpu-session: $(VENV)/.installed
-	$(PYTHON) -m benchmarks.gpu_session --out results/gpu
+	$(PYTHON) -m benchmarks.gpu.gpu_session --out results/gpu
 
 bench: $(VENV)/.installed
-	$(PYTHON) -m benchmarks.layer_step
-	$(PYTHON) -m benchmarks.cpu_backend
-	$(PYTHON) -m benchmarks.dither_table
+	$(PYTHON) -m benchmarks.layers.layer_step
+	$(PYTHON) -m benchmarks.layers.cpu_backend
+	$(PYTHON) -m benchmarks.layers.dither_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis dual_lora_kernels/_native*

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from . import doctor, self_check
+from .backends.triton.shapes import PATH as TILE_SHAPES
 
 if TYPE_CHECKING:
     _Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -68,7 +70,32 @@ def _progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-_SUBCOMMANDS: tuple[Callable[[_Subparsers], None], ...] = (_add_doctor,)
+def _add_tune(subparsers: _Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "tune",
+        help="measure the Triton kernels' tile shapes on this GPU",
+        description="Measure the Triton kernels' tile shapes on this GPU and rewrite its entries of the table.",
+    )
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="KERNEL", help="default: all")
+    parser.add_argument("--minutes", type=float, default=6.0, help="time budget (6)")
+    parser.add_argument("--out", type=Path, default=TILE_SHAPES, help="table to rewrite (the installed one)")
+    parser.add_argument("--tiny", action="store_true", help="walk through it in Triton's interpreter; needs --out")
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            from .tuning.tuner import tune
+        except ImportError as error:
+            parser.error(f"tuning needs triton and rich: pip install 'triton>=3.6' rich ({error})")
+        try:
+            tune(arguments.kernels, arguments.minutes, arguments.out, arguments.tiny)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+_SUBCOMMANDS: tuple[Callable[[_Subparsers], None], ...] = (_add_doctor, _add_tune)
 """Each adds a parser whose default ``run`` takes the arguments and returns the exit status."""
 
 

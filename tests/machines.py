@@ -11,8 +11,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import numerical_suite
-from benchmarks.machines import Machine, every_machine, few_machines, native_kernels
+from benchmarks.gpu import numerical_suite
+from benchmarks.harness.machines import Machine, every_machine, few_machines, native_kernels
 
 SUITE = ("reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model")
 """Tests whose outcome may depend on how a processor or a library computes."""

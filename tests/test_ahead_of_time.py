@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.ahead_of_time import compile_launch
-from benchmarks.static_report import SHARED_LIMIT_KIB
+from benchmarks.compiler.ahead_of_time import compile_launch
+from benchmarks.compiler.static_report import SHARED_LIMIT_KIB
 from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, base_of
 from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture

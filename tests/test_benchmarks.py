@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import dither_field, dither_table, layer_step, methods, timing
-from benchmarks.memory import AllocationTrace, peak_temporary_bytes, replay
+from benchmarks.harness import timing
+from benchmarks.layers import dither_field, dither_table, layer_step, methods
+from benchmarks.layers.memory import AllocationTrace, peak_temporary_bytes, replay
 from dual_lora_kernels import set_workspace_bytes
 
 MEASURED = {  # DESIGN.md, section 3: rms of ΔW → gain (nearest, two products), SNR in dB (two products, dithered)

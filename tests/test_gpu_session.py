@@ -16,17 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, gpu_session, layer_cells, numerical_suite, rooflines, session_summary, timing, tune
-from benchmarks.budget import Deadline, Guard, Stopped, part_seconds
-from benchmarks.kernel_calls import KERNELS, Operands
-from benchmarks.rooflines import Ceilings, Point, Reached, Work
-from dual_lora_kernels import set_default_backend
+from benchmarks.gpu import gpu_session, numerical_suite, rooflines, session_summary
+from benchmarks.gpu.rooflines import Ceilings, Point, Reached, Work
+from benchmarks.harness import timing
+from benchmarks.layers import layer_cells
+from dual_lora_kernels import cli, set_default_backend
 from dual_lora_kernels.backends.triton import shapes
 from dual_lora_kernels.backends.triton.architecture import INTERPRETED_FAMILY, Architecture
+from dual_lora_kernels.tuning import candidates
+from dual_lora_kernels.tuning import tuner as tune
+from dual_lora_kernels.tuning.budget import Deadline, Guard, Stopped, part_seconds
+from dual_lora_kernels.tuning.kernel_calls import KERNELS, Operands
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-SESSION = [sys.executable, "-m", "benchmarks.gpu_session", "--tiny", "--out"]
+SESSION = [sys.executable, "-m", "benchmarks.gpu.gpu_session", "--tiny", "--out"]
 PLOTS = {"rooflines.png", "step_ratios.png", "decode_ratios.png"}
 
 
@@ -107,7 +111,7 @@ def test_a_signal_leaves_a_valid_summary(tmp_path: Path) -> None:
 
 def test_tuning_rewrites_one_family_of_the_table(tmp_path: Path) -> None:
     out = tmp_path / "table.json"
-    command = [sys.executable, "-m", "benchmarks.tune", "--tiny", "--out", str(out)]
+    command = [sys.executable, "-m", "dual_lora_kernels.cli", "tune", "--tiny", "--out", str(out)]
     output = subprocess.run(
         command, cwd=ROOT, env=INTERPRETED, check=True, timeout=100, capture_output=True, text=True
     ).stdout
@@ -139,12 +143,18 @@ def test_tuning_rewrites_one_family_of_the_table(tmp_path: Path) -> None:
 def test_tiny_tuning_refuses_the_shipped_table(out: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     before = shapes.PATH.read_bytes()
     with pytest.raises(SystemExit):
-        tune.main(["--tiny", *out])
+        cli.main(["tune", "--tiny", *out])
     assert "--tiny: its times mean nothing, so it does not write to tile_shapes.json" in capsys.readouterr().err
     assert shapes.PATH.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", [tune.main, lambda arguments: gpu_session.main([*arguments, "--out", "unused"])])
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda arguments: cli.main(["tune", *arguments]),
+        lambda arguments: gpu_session.main([*arguments, "--out", "unused"]),
+    ],
+)
 def test_without_a_gpu_both_say_so(
     command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +186,7 @@ def test_a_deadline_counts_down() -> None:
 
 
 def test_a_guard_ends_a_part_by_its_time_and_by_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.budget.GRACE", 0.0)
+    monkeypatch.setattr("dual_lora_kernels.tuning.budget.GRACE", 0.0)
     handler = signal.getsignal(signal.SIGTERM)
     with Guard() as guard:
         with pytest.raises(Stopped, match="its time was up"), guard.part(0.05):

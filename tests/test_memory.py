@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.memory import AllocationTrace, peak_temporary_bytes
+from benchmarks.layers.memory import AllocationTrace, peak_temporary_bytes
 from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, settings, strategy
 from dual_lora_kernels.self_check.problems import Problem, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
@@ -110,7 +110,7 @@ def _step_with_weight(problem: Problem, backend: str) -> AllocationTrace:
 
 def test_the_tracer_sees_what_naive_dual_lora_materialises(device: torch.device) -> None:
     """The measurement can fail: the plain composition allocates several N×K tensors."""
-    from benchmarks.methods import NaiveDualLora, frozen_linear
+    from benchmarks.layers.methods import NaiveDualLora, frozen_linear
 
     layer = NaiveDualLora(frozen_linear(COLUMNS, ROWS, torch.float32, device), RANK, RANK)
     x = torch.randn(TOKENS, COLUMNS, device=device)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dual_lora_kernels
-from benchmarks.machines import native_kernels
+from benchmarks.harness.machines import native_kernels
 from dual_lora_kernels.self_check.problems import Problem, exact
 
 OPS = torch.ops.dual_lora_kernels

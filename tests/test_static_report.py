@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import origins, report, static_report
-from benchmarks.disassembly import (
+from benchmarks.compiler import origins, static_report
+from benchmarks.compiler.disassembly import (
     CLASSES,
     Resources,
     amd_resources,
@@ -23,8 +23,9 @@ from benchmarks.disassembly import (
     parse_amdgcn,
     parse_sass,
 )
-from benchmarks.shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
-from benchmarks.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
+from benchmarks.compiler.shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
+from benchmarks.compiler.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
+from benchmarks.harness import report
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, load
 
 SASS = """
@@ -289,7 +290,7 @@ def test_the_committed_report_is_of_the_shipped_shapes() -> None:
 
 
 def test_the_tables_origins_have_the_committed_reports_counts() -> None:
-    """Whoever runs the report again runs `benchmarks.origins` too."""
+    """Whoever runs the report again runs `benchmarks.compiler.origins` too."""
     document = json.loads((report.RESULTS / "static_report.json").read_text(encoding="utf-8"))
     assert origins.renewed(document) == TABLE
 

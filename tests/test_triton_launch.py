@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ahead_of_time import target
-from benchmarks.stand_in_driver import stand_in_driver
+from benchmarks.compiler.ahead_of_time import target
+from benchmarks.compiler.stand_in_driver import stand_in_driver
 from dual_lora_kernels.backends import Estimator, ParameterGradients
 from dual_lora_kernels.backends.triton import launch, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture

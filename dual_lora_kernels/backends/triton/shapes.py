@@ -1,6 +1,6 @@
 """Tile shapes of every kernel, per architecture family: data, in ``tile_shapes.json``, each with its origin.
 
-``python -m benchmarks.tune`` measures the shapes on the GPU at hand and rewrites that GPU's entries. Families named
+``dual-lora tune`` measures the shapes on the GPU at hand and rewrites that GPU's entries. Families named
 ``any_32bit`` and ``any_64bit`` hold the shapes for fp32 and fp64 computation, on every chip.
 """
 

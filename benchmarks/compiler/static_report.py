@@ -1,8 +1,8 @@
 """What the compiler made of every shipped kernel and tile shape: registers, spills, shared memory, instructions.
 
-``python -m benchmarks.static_report [--check]`` needs no GPU: it compiles ahead of time for each chip family and reads
-the machine code. It counts and does not time: a count of instructions says nothing of latency, of memory, or of how
-much of it overlaps, and not every instruction costs the same.
+``python -m benchmarks.compiler.static_report [--check]`` needs no GPU: it compiles ahead of time for each chip family
+and reads the machine code. It counts and does not time: a count of instructions says nothing of latency, of memory, or
+of how much of it overlaps, and not every instruction costs the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import dual_lora_kernels
 from dual_lora_kernels.backends.triton.launches import rank_block
 from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape
 
-from . import report
+from ..harness import report
 from .ahead_of_time import compile_launch, target
 from .disassembly import CLASSES, class_counts, disassemble, inner_loop, matrix_instructions, spill_accesses
 from .shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
@@ -279,7 +279,7 @@ def _by_family(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static_report",
+        prog="python -m benchmarks.compiler.static_report",
         description="Registers, spills, shared memory and instructions of every shipped kernel and tile shape.",
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="default: all")

@@ -1,11 +1,10 @@
-"""The tile shapes that `benchmarks.tune` tries: a small grid per kernel, around what compiles without spilling."""
+"""The tile shapes that ``dual-lora tune`` tries: a small grid per kernel, around what compiles without spilling."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape, Shapes
-
+from ..backends.triton.shapes import PanelShape, ProductShape, Shapes
 from .kernel_calls import PRODUCTS
 
 Shape = PanelShape | ProductShape

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .device_time import seconds_per_call
-from .kernel_calls import PRODUCTS, call, rotated
-from .shipped_launches import RANK
+from dual_lora_kernels.tuning.device_time import seconds_per_call
+from dual_lora_kernels.tuning.kernel_calls import PRODUCTS, RANK, call, rotated
 
 BF16, FP32 = 2, 4
 """Bytes."""

@@ -14,16 +14,15 @@ from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.launch import Launch
 from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
 from dual_lora_kernels.precision import accumulation_dtype
+from dual_lora_kernels.tuning.kernel_calls import RANK
 
-from .environment import DTYPE_NAMES
+from ..harness.environment import DTYPE_NAMES
 
 KERNELS = ("effective_weight", "factor_gradients", "forward", "input_gradient", "token_product")
 FEATURES = 4096
 """Rows and columns of the weight: whole tiles, so that no kernel masks its loads, as in most layers."""
 MASKED_ROWS, MASKED_COLUMNS = 4099, 4112
 """A weight that ends within every tile. Vocabularies make odd numbers of rows; columns stay on 16-byte boundaries."""
-RANK = 16
-"""r1 and r2 where kernels are compiled and timed: the layer's default."""
 LARGEST_RANK = BLOCK_RANKS[-1]
 """The largest rank of a fused kernel and of a slice; compiled with fp32 factors, the larger ones."""
 MASKED_RANKS = {RANK: 12, LARGEST_RANK: 24}

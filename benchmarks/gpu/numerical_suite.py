@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _TAIL_LINES = 60
 GRACE = 15.0
 """Seconds that pytest has to print its summary after it was told to stop."""

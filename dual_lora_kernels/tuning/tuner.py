@@ -1,6 +1,6 @@
 """Times tile shapes on the GPU at hand and rewrites that GPU family's entries of ``tile_shapes.json``.
 
-    python -m benchmarks.tune [--kernels forward token_product ...] [--minutes 6] [--out FILE]
+    dual-lora tune [--kernels forward token_product ...] [--minutes 6] [--out FILE]
 
 Every candidate runs as the package runs it, on layers of bf16 with fp32 factors, from a replayed graph (launches cost
 nothing) on operands that no cache holds. A candidate's score is its time over the current shape's, the geometric mean
@@ -11,11 +11,11 @@ after every kernel, so a stopped run keeps what it has measured.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from triton.errors import TritonError
 
-from dual_lora_kernels import panels
-from dual_lora_kernels.backends import resolve_backend
-from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
-from dual_lora_kernels.backends.triton.shapes import PATH, TABLE, ProductShape, Shapes
-from dual_lora_kernels.runtime_settings import current_settings
-
+from .. import panels
+from ..backends import resolve_backend
+from ..backends.triton.architecture import Architecture, architecture
+from ..backends.triton.shapes import PATH, TABLE, ProductShape, Shapes
+from ..durable_files import replace_files
+from ..runtime_settings import current_settings
+from ..validation import check_choice
 from .budget import Deadline, part_seconds
 from .candidates import CLASS_TOKENS, Shape, Slot, candidates, current, slots
 from .device_time import seconds_per_call
@@ -49,7 +50,6 @@ from .kernel_calls import (
     rotated,
     shape_in_use,
 )
-from .report import write_text
 
 PRODUCT_TOLERANCE = 2.0**-8
 """Relative, in norm, between two shapes' bf16 results: each is within half an ulp, 2⁻⁹, of the same fp32 sum."""
@@ -295,7 +295,8 @@ def write_table(path: Path, family: str, shapes: Shapes) -> None:
         else:
             entry[field.name] = value if field.name.startswith("fused_") else table_entry(value)
     document[family] = entry
-    write_text(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    replace_files(path.parent, {path.name: text.encode()})
 
 
 def run(tuner: Tuner, kernels: Sequence[str], minutes: float, path: Path) -> None:
@@ -331,30 +332,28 @@ def run(tuner: Tuner, kernels: Sequence[str], minutes: float, path: Path) -> Non
         TABLE[tuner.chip.family] = before
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description="Measure tile shapes on this GPU and rewrite its entries."
-    )
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
-    parser.add_argument("--minutes", type=float, default=6.0, help="time budget (6)")
-    parser.add_argument("--out", type=Path, default=PATH, help="table to rewrite (the shipped one)")
-    parser.add_argument("--tiny", action="store_true", help="walk through it in Triton's interpreter; needs --out")
-    options = parser.parse_args(arguments)
-    if options.tiny and options.out.resolve() == PATH.resolve():
-        parser.error(f"--tiny: its times mean nothing, so it does not write to {PATH.name}; give --out another file")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("no GPU: tuning needs one (--tiny walks through it in Triton's interpreter)")
-    device = torch.device("cpu") if options.tiny else torch.device("cuda", torch.cuda.current_device())
+def tune(kernels: Sequence[str], minutes: float, path: Path, tiny: bool = False) -> None:
+    """Measure `kernels` (none named: all) for at most `minutes` and rewrite this GPU family's entries at `path`.
+
+    `tiny` walks through it in Triton's interpreter instead. Raises ValueError for an unknown kernel, without a GPU, and
+    where measurements that mean nothing would overwrite the shipped table; OSError where `path` cannot be written.
+    """
+    for kernel in kernels:
+        check_choice("kernels", kernel, KERNELS)
+    if tiny and path.resolve() == PATH.resolve():
+        raise ValueError(
+            f"--tiny: its times mean nothing, so it does not write to {PATH.name}; give --out another file"
+        )
+    if not tiny and not torch.cuda.is_available():
+        raise ValueError("no GPU: tuning needs one (--tiny walks through it in Triton's interpreter)")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"--out: got {path}, which cannot be written; give another file")
+    device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
     chip = architecture(device)
     if isinstance(chip, str):
-        parser.error(chip)
+        raise ValueError(chip)
     console = Console()
     torch.manual_seed(0)
-    console.print(f"tuning {chip.family}, at most {options.minutes:g} minutes")
-    run(Tuner(device, chip, TINY if options.tiny else Plan(), console), options.kernels, options.minutes, options.out)
-    console.print(f"written to {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    console.print(f"tuning {chip.family}, at most {minutes:g} minutes")
+    run(Tuner(device, chip, TINY if tiny else Plan(), console), kernels or KERNELS, minutes, path)
+    console.print(f"written to {path}")

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from dual_lora_kernels.backends import Block, DenseBase, Estimator, Factors, ParameterGradients
-from dual_lora_kernels.backends.triton import TritonBackend
-from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
-from dual_lora_kernels.runtime_settings import current_settings
-
+from ..backends import Block, DenseBase, Estimator, Factors, ParameterGradients
+from ..backends.triton import TritonBackend
+from ..backends.triton.shapes import TABLE, PanelShape, ProductShape, Shapes
+from ..runtime_settings import current_settings
 from .device_time import copies
-from .shipped_launches import RANK
 
+RANK = 16
+"""r1 and r2 where kernels are timed: the layer's default."""
 ESTIMATOR = Estimator("clip", 1.0)
 ROUNDING = "dither"
 WEIGHT_STD = 0.02

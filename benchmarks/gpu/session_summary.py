@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts
-from .environment import sentence
-from .layer_cells import CELL_LABELS, LLAMA_8B, MODES
-from .layer_step import FLOOR, MEBIBYTE
-from .methods import LABELS
-from .report import markdown_table
-from .timing import Quartiles
+from ..harness import charts
+from ..harness.environment import sentence
+from ..harness.report import markdown_table
+from ..harness.timing import Quartiles
+from ..layers.layer_cells import CELL_LABELS, LLAMA_8B, MODES
+from ..layers.layer_step import FLOOR, MEBIBYTE
+from ..layers.methods import LABELS
 
 STEP_GOAL, DECODE_GOAL = 1.10, 1.3
 MEMORY_ALLOWANCE = 32 * MEBIBYTE

@@ -1,6 +1,6 @@
 """One layer's training step, every method against the matrix products that no method can avoid.
 
-    python -m benchmarks.layer_step --shape 4096x4096 --tokens 512 --dtype fp32 --threads 2
+    python -m benchmarks.layers.layer_step --shape 4096x4096 --tokens 512 --dtype fp32 --threads 2
 
 A step is a forward and a backward pass that returns the input's and the adapter's gradients. The floor is X W0ᵀ, G W0
 and Gᵀ X by the vendor's library in the same dtype, the last into a tensor made beforehand, since no method has to
@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from . import charts, report
-from .environment import DTYPE_NAMES, device_kind, environment, load_average, sentence
+from ..harness import charts, report
+from ..harness.environment import DTYPE_NAMES, device_kind, environment, load_average, sentence
+from ..harness.timing import Quartiles, Seconds, interleaved, quartiles, ratios
 from .memory import peak_temporary_bytes
 from .methods import LABELS, METHODS, build, frozen_linear, trainable_parameters
-from .timing import Quartiles, Seconds, interleaved, quartiles, ratios
 
 MEBIBYTE = 2**20
 FLOOR = "floor"
@@ -206,7 +206,8 @@ def _dtype(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layer_step", description="Time and memory of one layer's training step, per method."
+        prog="python -m benchmarks.layers.layer_step",
+        description="Time and memory of one layer's training step, per method.",
     )
     parser.add_argument("--shape", type=_shape, default=(4096, 4096), help="OUTxIN, as the weight's (4096x4096)")
     parser.add_argument("--tokens", type=_positive, default=512, help="tokens per step, M (512)")

@@ -1,6 +1,6 @@
 """Whether the dither behaves like independent noise: its moments, correlations and largest singular values.
 
-    python -m benchmarks.dither_field [--size 4096]
+    python -m benchmarks.layers.dither_field [--size 4096]
 
 An input sees the dither through the product x·(rounding errors). Independent noise passes no direction preferentially:
 its largest singular value is that of a random matrix. A field with structure has larger ones, and an input along their
@@ -22,8 +22,8 @@ from rich.progress import track
 
 from dual_lora_kernels.rounding import dither_field
 
-from . import report
-from .environment import environment, sentence
+from ..harness import report
+from ..harness.environment import environment, sentence
 
 LAGS = ((0, 1), (0, 2), (1, 0), (2, 0), (1, 1), (1, 2), (2, 1), (3, 5))
 """(rows, columns) between correlated elements."""
@@ -90,7 +90,8 @@ def _largest_singular_value(values: torch.Tensor) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dither_field", description="Statistics of the dither against independent noise."
+        prog="python -m benchmarks.layers.dither_field",
+        description="Statistics of the dither against independent noise.",
     )
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the field (4096)")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")

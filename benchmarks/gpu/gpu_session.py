@@ -1,6 +1,6 @@
 """Everything worth knowing of a GPU, NVIDIA's or AMD's, by one command and within a time budget.
 
-    python -m benchmarks.gpu_session --out DIR [--minutes 8] [--tiny]
+    python -m benchmarks.gpu.gpu_session --out DIR [--minutes 8] [--tiny]
 
 Parts, in the order of their value: the machine and its two ceilings; the numerical suite; every kernel against its
 roofline; memory of a training step; a layer's step and decoding against the products that no method can avoid, PEFT's
@@ -29,16 +29,18 @@ from dual_lora_kernels import set_default_backend
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import architecture
 from dual_lora_kernels.runtime_settings import default_backend
+from dual_lora_kernels.tuning.budget import Deadline, Guard, Stopped, part_seconds
+from dual_lora_kernels.tuning.kernel_calls import RANK
 
-from . import layer_cells, numerical_suite, report, rooflines, session_summary
-from .budget import Deadline, Guard, Stopped, part_seconds
-from .environment import environment
-from .layer_step import step
-from .memory import peak_temporary_bytes
-from .methods import build, frozen_linear
+from ..harness import report
+from ..harness.environment import environment
+from ..layers import layer_cells
+from ..layers.layer_step import step
+from ..layers.memory import peak_temporary_bytes
+from ..layers.methods import build, frozen_linear
+from . import numerical_suite, rooflines, session_summary
 from .numerical_suite import without_paths
 from .rooflines import Ceilings
-from .shipped_launches import RANK
 
 STEM = "summary"
 _SUMMARY_SECONDS = 15.0
@@ -284,7 +286,7 @@ def write(session: Session) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. 1 if a part failed, 0 also where one was stopped."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_session", description="Measure this GPU: one command, one folder of results."
+        prog="python -m benchmarks.gpu.gpu_session", description="Measure this GPU: one command, one folder of results."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results; made if need be")
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget (8)")

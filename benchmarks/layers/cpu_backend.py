@@ -1,6 +1,6 @@
 """The native CPU backend against the products it cannot avoid: steps, its two kernels, decode, threads.
 
-    python -m benchmarks.cpu_backend --threads 2
+    python -m benchmarks.layers.cpu_backend --threads 2
 
 Every ratio compares times of the same round (`timing.interleaved`). Steps are `layer_step`'s, so the floor is X W0ᵀ,
 G W0 and Gᵀ X. X [M, K], G [M, N], W0 [N, K].
@@ -32,11 +32,12 @@ from dual_lora_kernels.backends import (
 )
 from dual_lora_kernels.runtime_settings import current_settings
 
-from . import charts, layer_step, report
-from .environment import environment, load_average, sentence
+from ..harness import charts, report
+from ..harness.environment import environment, load_average, sentence
+from ..harness.timing import Quartiles, interleaved, ratios
+from . import layer_step
 from .layer_step import FLOOR
 from .methods import frozen_linear
-from .timing import Quartiles, interleaved, ratios
 
 STEM = "cpu_backend"
 RANK = 16
@@ -261,7 +262,8 @@ def _plain(value: Any) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_backend", description="The native CPU backend against what it cannot avoid."
+        prog="python -m benchmarks.layers.cpu_backend",
+        description="The native CPU backend against what it cannot avoid.",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (all cores)")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")

@@ -1,10 +1,10 @@
 """The share of W's elements that have other bits in a block than in the whole weight, by library path and threads.
 
-    python -m benchmarks.block_bits
+    python -m benchmarks.layers.block_bits
 
 W = ΔW = max(B A, 0) ⊙ sgn(D C), Gaussian factors, is computed whole and in blocks of random shapes and places, single
 rows and columns among them: by the specification, which multiplies a block's factors by one call of the vendor's, and
-by the CPU's backends. Every setting of `benchmarks.machines` is a process of its own.
+by the CPU's backends. Every setting of `benchmarks.harness.machines` is a process of its own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.progress import track
 from dual_lora_kernels import available_backends, reference
 from dual_lora_kernels.backends import Block, Factors, Settings, resolve_backend
 
-from . import report
-from .environment import environment, sentence
-from .machines import LIBRARIES, THREADS, Machine
+from ..harness import report
+from ..harness.environment import environment, sentence
+from ..harness.machines import LIBRARIES, THREADS, Machine
 
 SIZE = 1024
 RANKS = (4, 16, 64, 300)
@@ -92,7 +92,7 @@ def shares() -> list[dict[str, object]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block_bits", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers.block_bits", description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="only print this process's shares, as JSON")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machines = [Machine(None, libraries, threads) for libraries in LIBRARIES for threads in THREADS]
     results = []
     for machine in track(machines, description="settings", console=console):
-        command = [sys.executable, "-m", "benchmarks.block_bits", "--here"]
+        command = [sys.executable, "-m", "benchmarks.layers.block_bits", "--here"]
         done = subprocess.run(command, env=machine.environment(), stdout=subprocess.PIPE, text=True, check=True)
         rows = json.loads(done.stdout)
         results += [{"libraries": machine.libraries, "threads": machine.threads, **row} for row in rows]

@@ -1,6 +1,6 @@
 """How much of an update arrives at a bf16 layer's output, by the way it is added (the README's rounding table).
 
-    python -m benchmarks.dither_table
+    python -m benchmarks.layers.dither_table
 
 Ways: ``nearest`` and ``dithered`` are one product with round(W0 + ΔW), as `dual_lora_merge_` writes it and the forward
 pass uses it; ``two_products`` is PEFT's, base and update products each rounded to bf16, then added. With y the bf16
@@ -29,8 +29,8 @@ from rich.progress import track
 
 from dual_lora_kernels import dual_lora_delta, dual_lora_merge_
 
-from . import report
-from .environment import environment, sentence
+from ..harness import report
+from ..harness.environment import environment, sentence
 
 WAYS = {"nearest": "nearest", "two_products": "two products", "dithered": "dithered"}
 RMS = (1e-3, 1e-4, 3e-5, 1e-5, 3e-6)
@@ -128,7 +128,7 @@ def cells(table: Sequence[Row]) -> list[tuple[str, ...]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dither_table", description="How much of an update survives rounding to bf16."
+        prog="python -m benchmarks.layers.dither_table", description="How much of an update survives rounding to bf16."
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
     options = parser.parse_args(arguments)
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     document = {"environment": about, "rows": [dataclasses.asdict(row) for row in table]}
     reading = (
         "Gain 1: the whole update arrives, 0: none of it. Inputs partly aligned with the update; definitions in "
-        "benchmarks/dither_table.py."
+        "benchmarks/layers/dither_table.py."
     )
     report.write(
         options.out,

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from dual_lora_kernels import settings
+from dual_lora_kernels.tuning.device_time import captured, copies
+from dual_lora_kernels.tuning.kernel_calls import RANK
 
-from .device_time import captured, copies
+from ..harness.timing import interleaved, quartiles, ratios
 from .layer_step import FLOOR, floor_step, step
 from .methods import LABELS, build, frozen_linear
-from .shipped_launches import RANK
-from .timing import interleaved, quartiles, ratios
 
 STRATEGIES = ("auto", "fused", "panels")
 PEERS = ("lora", "dora", "naive")

@@ -1,7 +1,7 @@
 """Writes the origins of tile shapes that a static count chose anew, from the committed static report.
 
-``python -m benchmarks.origins`` after ``python -m benchmarks.static_report``. Shapes that a GPU measured stay as they
-are.
+``python -m benchmarks.compiler.origins`` after ``python -m benchmarks.compiler.static_report``. Shapes that a GPU
+measured stay as they are.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora_kernels.backends.triton.shapes import PATH, TABLE, PanelShape, ProductShape, Shapes
+from dual_lora_kernels.tuning.kernel_calls import RANK
+from dual_lora_kernels.tuning.tuner import write_table
 
-from . import report
-from .shipped_launches import KERNELS, RANK, shipped_cases
-from .tune import write_table
+from ..harness import report
+from .shipped_launches import KERNELS, shipped_cases
 
 STATIC = "static count"
 """How such an origin begins."""

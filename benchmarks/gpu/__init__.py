@@ -1,0 +1,1 @@
+"""The session on a GPU: the numerical suite, rooflines, layer cells and memory, measured within minutes."""
