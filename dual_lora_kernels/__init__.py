@@ -5,6 +5,7 @@
 are in `dual_lora_kernels.reference`.
 """
 
+from ._logging import set_up
 from .backends import available_backends
 from .checkpoint import dual_lora_state_dict, load_dual_lora, load_dual_lora_state_dict, save_dual_lora
 from .config import DualLoraConfig
@@ -24,6 +25,8 @@ from .runtime_settings import (
 from .warmup import DualLoraWarmup
 
 __version__ = "0.1.0"
+
+set_up()
 
 __all__ = [
     "DualLoraConfig",

@@ -19,10 +19,12 @@ def _respects_the_applications_level(record: logging.LogRecord) -> bool:
     return not root.handlers or record.levelno >= root.level
 
 
-logger = logging.getLogger("dual_lora_kernels")
-if not logger.handlers:
-    _handler = _StandardError()
-    _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
-    logger.addHandler(_handler)
-    logger.addFilter(_respects_the_applications_level)
-    logger.setLevel(logging.INFO)
+def set_up() -> None:
+    """Show the package's messages from INFO on, once, unless its logger has a handler already."""
+    logger = logging.getLogger("dual_lora_kernels")
+    if not logger.handlers:
+        handler = _StandardError()
+        handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+        logger.addHandler(handler)
+        logger.addFilter(_respects_the_applications_level)
+        logger.setLevel(logging.INFO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ._logging import logger
 from .config import DualLoraConfig
 from .durable_files import replace_files
 from .linear import DualLoraLinear
 from .validation import SUPPORTED_DTYPES
 
+_logger = logging.getLogger("dual_lora_kernels")
 SETTINGS_FILE = "dual_lora_config.json"
 WEIGHTS_FILE = "dual_lora_model.safetensors"
 SETTINGS_KEY = "dual_lora_config"
@@ -49,7 +50,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     weights = save(dict(adapter.state), metadata={"format": "pt", SETTINGS_KEY: text})
     try:
         if folder.is_symlink():
-            logger.warning("%s is a link to %s; a folder of its own takes its place", folder, folder.readlink())
+            _logger.warning("%s is a link to %s; a folder of its own takes its place", folder, folder.readlink())
         # In this order: a reader that has read the JSON file first cannot have new settings for old tensors then.
         replace_files(folder, {WEIGHTS_FILE: weights, SETTINGS_FILE: text.encode()})
     except OSError as error:
@@ -83,7 +84,7 @@ def read_adapter(folder: Path) -> Adapter:
         return Adapter(_configs(settings_file, beside), state)
     configs = _configs(weights_file, text)
     if beside is not None and not _says(settings_file, beside, configs):
-        logger.warning(
+        _logger.warning(
             "%s does not say what %s has as its settings, which are used: it was edited, or a save is under way or was "
             "interrupted; saving again rewrites it",
             settings_file, WEIGHTS_FILE,

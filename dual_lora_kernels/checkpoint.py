@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ._logging import logger
 from .adapter_files import Adapter, layer_config, read_adapter, write_adapter
 from .config import DualLoraConfig
 from .linear import (
@@ -24,6 +24,7 @@ from .linear import (
 from .model import adapt
 from .validation import SUPPORTED_DTYPES, check_finite, check_tensor
 
+_logger = logging.getLogger("dual_lora_kernels")
 _SAVED_TENSORS = (*FACTOR_NAMES, "scale")
 
 
@@ -98,7 +99,7 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     adapter = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
     others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in adapter]
     if others:
-        logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
+        _logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
     write_adapter(folder, Adapter(configs, {name: tensor.contiguous() for name, tensor in state.items()}))
     return folder
 
@@ -129,7 +130,7 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         _check_state("folder", _slots(model), state)
         _report_other_settings(model, configs)
     _fill(model, state)
-    logger.info("loaded %d layers from %s", len(configs), folder)
+    _logger.info("loaded %d layers from %s", len(configs), folder)
     return model
 
 
@@ -238,4 +239,4 @@ def _report_other_settings(model: nn.Module, configs: Mapping[str, DualLoraConfi
         if (own := getattr(layer, field)) != (saved := getattr(configs[name], field))
     ]
     if different:
-        logger.warning("the model keeps settings that differ from the adapter's: %s …", different[0])
+        _logger.warning("the model keeps settings that differ from the adapter's: %s …", different[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 
@@ -9,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ._logging import logger
 from .config import DualLoraConfig
 from .linear import DualLoraLinear, dual_lora_layers, is_transposed, unwrapped
 from .targets import find_targets, shared_weights
+
+_logger = logging.getLogger("dual_lora_kernels")
 
 
 def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
@@ -122,7 +124,7 @@ def _report(model: nn.Module, names: list[str], refused: dict[str, str]) -> None
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     left = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
-    logger.info(
+    _logger.info(
         "adapted %d layers: %s; %s of %s parameters train (%.2f %%)%s",
         len(names),
         ", ".join(f"{kind} x {count}" for kind, count in kinds.items()),

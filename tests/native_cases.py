@@ -15,6 +15,8 @@ from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradi
 from dual_lora_kernels.self_check.problems import exact
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
+from .bits import bits
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["dense", "transposed", "slice", "columns"]
 _EDGES = [size + step for size in (16, 32, 48, 96, 192, 384, 400, 768) for step in (-1, 0, 1)]
@@ -29,15 +31,9 @@ def examples(count: int) -> settings:
     return settings(max_examples=count // 3 if os.environ.get("DUAL_LORA_SANITIZE") else count)
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Bit patterns, so that zeros of either sign compare as they are; every NaN is the same one."""
-    tensor = torch.where(tensor.isnan(), torch.nan, tensor)
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
 def numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """`bits` with one zero: MKL's P of rank 1 is −0 for 0 · −1, where a sum that starts at 0 is 0."""
-    return bits(tensor + 0)
+    """Bits with one NaN and one zero: MKL's P of rank 1 is −0 for 0 · −1, where a sum that starts at 0 is 0."""
+    return bits(torch.where(tensor.isnan(), torch.nan, tensor + 0))
 
 
 def place(values: torch.Tensor, layout: str) -> torch.Tensor:

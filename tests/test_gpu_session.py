@@ -312,12 +312,27 @@ def test_cells_are_all_there_once_and_start_with_the_goals() -> None:
     }  # fmt: skip
 
 
-def test_pytests_counts_are_read_from_its_last_line() -> None:
-    output = (
-        "3 failed by design\nFAILED tests/a.py::b - 1 passed\n2 failed, 40 passed, 7 deselected, 1 error in 3.21s\n"
-    )
-    assert numerical_suite.counts(output) == {"failed": 2, "passed": 40, "deselected": 7, "error": 1}
-    assert numerical_suite.counts("Killed\n") == {}
+OUTCOMES = """
+import pytest
+def test_passes(): print("3 failed by design")
+def test_fails(): assert False
+@pytest.fixture
+def broken(): raise RuntimeError
+def test_errs(broken): pass
+def test_skips(): pytest.skip("2 passed")
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_pytests_counts_are_its_reports(workers: int, tmp_path: Path) -> None:
+    test = tmp_path / "test_outcomes.py"
+    test.write_text(OUTCOMES, encoding="utf-8")
+    results: dict[str, Any] = {}
+    arguments = ["--noconftest", f"--rootdir={tmp_path}", str(test)]
+    numerical_suite.run(results, arguments, 60.0, os.environ, workers)
+    assert results["complete"]
+    assert results["counts"] == {"passed": 1, "failed": 1, "error": 1, "skipped": 1}
+    assert numerical_suite.counts(tmp_path / "junit.xml") == {}, "pytest was killed before it could write it"
 
 
 def test_folders_are_cut_from_messages() -> None:

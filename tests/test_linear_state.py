@@ -17,7 +17,8 @@ from torch import nn
 from dual_lora_kernels import DualLoraLinear
 from dual_lora_kernels.linear import FACTOR_NAMES
 
-from .layers import DTYPES, K, N, bits, effective, make, make_exact
+from .bits import bits
+from .layers import DTYPES, K, N, effective, make, make_exact
 
 # --- merging --------------------------------------------------------------------------------------------------------
 

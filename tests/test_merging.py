@@ -14,7 +14,8 @@ from torch import nn
 from dual_lora_kernels import DualLoraLinear, apply_dual_lora, dual_lora_merge_, merge_dual_lora, panels
 from dual_lora_kernels.merging import check_mergeable
 
-from .layers import bits, make
+from .bits import bits
+from .layers import make
 from .models import configuration
 
 SIZE = 6

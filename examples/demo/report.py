@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.harness.report import markdown_table, print_table
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.runtime_settings import default_backend
 
@@ -134,22 +134,6 @@ def print_report(results: Results, console: Console) -> None:
     if results.verification is not None:
         for line in verification_lines(results.verification):
             console.print(f"- {line}")
-
-
-def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:
-    """A rich table: the first column to the left, numbers to the right."""
-    table = Table(title=title)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
-
-
-def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The same table for a Markdown file."""
-    alignment = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, alignment, *cells))
 
 
 def write_markdown(results: Results, path: Path, curves: Path) -> None:

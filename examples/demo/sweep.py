@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from benchmarks.harness.report import markdown_table, print_table
+
 from .data import InputError
 from .experiment import adapt, prepare_base
 from .models import METHODS
 from .options import build_parser, settings_from
-from .report import markdown_table, print_table
 
 # Each about a factor of 2 apart. Full fine-tuning moves every weight directly and wants lower rates than factors do.
 ADAPTER_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)

@@ -5,12 +5,12 @@ Only for devices that `architecture` knows; the backend has checked that.
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from ..._logging import logger
 from ...precision import accumulation_dtype
 from ...rounding import column_hashes, is_dithered, row_hashes
 from ..block import Block, Factors, ParameterGradients
@@ -21,6 +21,7 @@ from .arguments import Hashes
 from .launch import Launch
 from .shapes import ProductShape
 
+_logger = logging.getLogger("dual_lora_kernels")
 _PROGRAMS_PER_COMPUTE_UNIT = 2
 """Split-K cuts the sum of a product for few tokens until every SM or CU has so many programs, and so many loads in
 flight."""
@@ -133,7 +134,7 @@ def _run_fitting(launch: Launch, operation: str, input: torch.Tensor, factors: F
     except OutOfResources as error:
         reason = f"its kernel does not fit this chip ({error})"
         _unfit[_fit_key(operation, input, factors)] = reason
-        logger.warning("backend 'triton', %s of %d tokens: %s; panels run", operation, input.shape[0], reason)
+        _logger.warning("backend 'triton', %s of %d tokens: %s; panels run", operation, input.shape[0], reason)
         raise DoesNotFit(reason) from error
 
 
