@@ -198,7 +198,7 @@ def _multiplies_ranks_synchronously(row: Row) -> bool:
 
 
 def _costs_once_a_tile(row: Row) -> bool:
-    """Whether spills are known, or few, all outside the inner loop and of a masked kernel: reported, and not refused."""
+    """Whether spills are known, or few and in a masked kernel outside its loop: reported, and not refused."""
     is_outside = row.masks != "none" and not row.whole and not row.step_spills
     accepted = ACCEPTED_SPILLS.get((row.chip, row.kernel, row.tile), 0)
     most = max(accepted, MOST_SPILLS_OUTSIDE_A_LOOP if is_outside else 0)

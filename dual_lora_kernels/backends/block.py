@@ -180,13 +180,17 @@ class Block(NamedTuple):
         return self.row0, self.col0
 
     def rows(self, start: int, stop: int) -> Block:
-        """Rows start … stop."""
+        """Rows start … stop; the block itself where these are all, as in small layers: slices cost host time."""
+        if start == 0 and stop == len(self.factors.B):
+            return self
         base, factors, rounding, dtype, row0, col0 = self
         base = None if base is None else base.rows(start, stop)
         return Block(base, factors.rows(start, stop), rounding, dtype, row0 + start, col0)
 
     def columns(self, start: int, stop: int) -> Block:
-        """Columns start … stop."""
+        """Columns start … stop; the block itself where these are all."""
+        if start == 0 and stop == self.factors.A.shape[1]:
+            return self
         base, factors, rounding, dtype, row0, col0 = self
         base = None if base is None else base.columns(start, stop)
         return Block(base, factors.columns(start, stop), rounding, dtype, row0, col0 + start)
