@@ -33,7 +33,7 @@ help:
 	@echo "make clean  remove the virtual environment and build products"
 
 # torch first and pinned, then the project against it: an unpinned torch or an isolated build fetches gigabytes.
-$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/vectors/*.h)
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc csrc/vectors/*.h)
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PIP) install "setuptools>=77" wheel numpy
 	$(PYTHON) -c "import torch; assert torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)" 2>/dev/null \

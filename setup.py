@@ -31,15 +31,17 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 """No contraction: W = W0 + ΔW is a separate addition, in the reference's bits."""
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 """GCC 12 warns of its own AVX-512 intrinsics, page after page; Clang does not know the warning."""
-PORTABLE = ["-O2"]
-"""Of vectors that are arrays, GCC 12 makes longer and slower code with -O3 (docs/decisions.md)."""
-KERNELS = {  # what takes longest first
-    "x86_64": {"portable": PORTABLE, "avx512": ["-mavx512f"], "avx2": ["-mavx2", "-mfma", "-mf16c"]},
-    "arm64": {"portable": PORTABLE, "neon": []},
-    "other": {"portable": PORTABLE},
+INSTRUCTION_SETS = Path(__file__).with_name("csrc") / "instruction_sets.inc"
+_LISTED = re.findall(
+    r'^DUAL_LORA_INSTRUCTION_SET\((\w+), (\w+),.*?"([^"]*)"\)$',
+    INSTRUCTION_SETS.read_text(encoding="utf-8"),
+    re.MULTILINE | re.DOTALL,
+)
+KERNELS = {
+    machine: {name: flags.split() for name, own, flags in reversed(_LISTED) if own in (machine, "any")}
+    for machine in ("x86_64", "arm64", "other")
 }
-"""Architecture → the instruction sets to compile kernels for, with their flags."""
-MACROS = {"x86_64": ["-DDUAL_LORA_X86"], "arm64": ["-DDUAL_LORA_NEON"], "other": []}
+"""Architecture → the instruction sets to compile kernels for, with their flags; what takes longest comes first."""
 REMEDY = "install the package again, with --no-build-isolation"
 
 
@@ -116,14 +118,13 @@ class BuildNative(build_ext):
         after = checks if sanitizers else []  # behind the kernels' own flags: the last -O counts
         target = LEAST_TORCH[0] << 56 | LEAST_TORCH[1] << 48
         stable = [f"-DTORCH_TARGET_VERSION={target:#x}", "-isystem", str(torch / "include")]
-        common = [*FLAGS, *MACROS[architecture()]]
         jobs = {f"csrc/{name}.cpp": flags for name, flags in KERNELS[architecture()].items()}
         jobs |= {"csrc/capability.cpp": [], "csrc/operators.cpp": stable}
 
         def compile_one(job: tuple[str, list[str]]) -> str:
             source, flags = job
             objects: list[str] = self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags, *after], depends=ext.depends
+                [source], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags, *after], depends=ext.depends
             )
             return objects[0]
 
@@ -146,7 +147,7 @@ if __name__ == "__main__":
             Extension(
                 f"{PACKAGE}._native",
                 sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-                depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+                depends=sorted(str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").rglob(pattern)),
                 language="c++",
                 py_limited_api=True,
             )

@@ -1,7 +1,4 @@
 // Kernels for AVX2 with FMA and F16C (Intel since Haswell, AMD since Zen).
-#include "vectors/avx2.h"
-#include "vectors/portable.h"
-// after the vectors
+#define DUAL_LORA_NAMESPACE avx2
+#define DUAL_LORA_VECTORS "vectors/avx2.h"
 #include "kernels.h"
-
-DUAL_LORA_KERNEL_TABLE(avx2)

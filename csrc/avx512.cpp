@@ -1,7 +1,4 @@
 // Kernels for AVX-512F (Intel since Skylake-SP, AMD since Zen 4).
-#include "vectors/avx512.h"
-#include "vectors/portable.h"
-// after the vectors
+#define DUAL_LORA_NAMESPACE avx512
+#define DUAL_LORA_VECTORS "vectors/avx512.h"
 #include "kernels.h"
-
-DUAL_LORA_KERNEL_TABLE(avx512)

@@ -6,49 +6,28 @@
 
 namespace dual_lora {
 
-// One per file; setup.py compiles those that fit the machine's architecture and defines these macros.
-#if defined(DUAL_LORA_X86)
-const KernelTable& avx512();
-const KernelTable& avx2();
-#elif defined(DUAL_LORA_NEON)
-const KernelTable& neon();
-#endif
-const KernelTable& portable();
-
-namespace {
-
-struct Choice {
-  const KernelTable& (*table)();
-  bool runs;
-};
-
-const KernelTable& choose() {
-  const Choice choices[] = {
-#if defined(DUAL_LORA_X86)
-      {avx512, __builtin_cpu_supports("avx512f") != 0},
-      {avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-#elif defined(DUAL_LORA_NEON)
-      {neon, true},
-#endif
-      {portable, true},
+std::vector<InstructionSet> instruction_sets() {
+  return {
+#define DUAL_LORA_INSTRUCTION_SET(name, architecture, runs, flags) {#name, name::kernels, (runs) != 0},
+#include "instruction_sets.inc"
   };
+}
+
+static InstructionSet choose() {
   const char* wanted = std::getenv("DUAL_LORA_CPU_CAPABILITY");
   std::string known;
-  for (const Choice& choice : choices) {
-    if (!choice.runs) continue;
-    const KernelTable& table = choice.table();
-    if (wanted == nullptr || *wanted == '\0' || table.name == std::string(wanted)) return table;
-    known += (known.empty() ? "" : ", ") + std::string(table.name);
+  for (const InstructionSet& set : instruction_sets()) {
+    if (!set.runs) continue;
+    if (wanted == nullptr || *wanted == '\0' || set.name == std::string(wanted)) return set;
+    known += (known.empty() ? "" : ", ") + std::string(set.name);
   }
   throw std::runtime_error("DUAL_LORA_CPU_CAPABILITY: got '" + std::string(wanted) +
                            "', this build on this processor has " + known);
 }
 
-}  // namespace
-
-const KernelTable& kernel_table() {
-  static const KernelTable& table = choose();
-  return table;
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = choose();
+  return chosen;
 }
 
 }  // namespace dual_lora

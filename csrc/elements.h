@@ -4,14 +4,12 @@
 #include <cmath>
 #include <cstring>
 
+#include DUAL_LORA_VECTORS
 #include "job.h"
+#include "vectors/lanes.h"
 
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
-
-using dual_lora::Dtype;
-using dual_lora::kRowBlock;
-using dual_lora::kStride;
-using dual_lora::Matrix;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -144,9 +142,7 @@ inline void round_row(const T* from, void* to, Dtype dtype, int64_t count, Dithe
 
 // ---- blocks
 
-inline size_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // The view of `m` that begins at (row, col).
 inline Matrix at(Matrix m, int64_t row, int64_t col) {
@@ -155,12 +151,13 @@ inline Matrix at(Matrix m, int64_t row, int64_t col) {
   return m;
 }
 
-// Strided elements into rows of kPiece dense ones, or back; at most kRowBlock rows and kPiece columns. Down the columns:
-// transposed weights have those in memory. Copied as bytes, since the elements are numbers elsewhere.
+// Strided elements into rows of kPiece dense ones, or back; at most kRowBlock rows and kPiece columns. Down the
+// columns: transposed weights have those in memory. Copied as bytes, since the elements are numbers elsewhere.
 template <size_t size, bool into_matrix>
 inline void transfer(const Matrix& m, int64_t rows, int64_t cols, unsigned char* dense) {
   unsigned char* const data = static_cast<unsigned char*>(m.data);
-  const int64_t width = static_cast<int64_t>(size), row_stride = m.row_stride * width, col_stride = m.col_stride * width;
+  const int64_t width = static_cast<int64_t>(size), row_stride = m.row_stride * width,
+                col_stride = m.col_stride * width;
   for (int64_t j = 0; j < cols; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
       unsigned char* inside = data + i * row_stride + j * col_stride;
@@ -207,9 +204,7 @@ struct Field {
   const uint32_t* rows;
   const uint32_t* columns;
 
-  Dither row(int64_t i, int64_t j) const {
-    return rows == nullptr ? Dither{0, nullptr} : Dither{rows[i], columns + j};
-  }
+  Dither row(int64_t i, int64_t j) const { return rows == nullptr ? Dither{0, nullptr} : Dither{rows[i], columns + j}; }
 };
 
 // Rounds `from` [rows, stride], at most kRowBlock rows, into the first rows × cols of `m`.
@@ -224,10 +219,10 @@ inline void store_block(const T* from, int64_t stride, const Matrix& m, int64_t 
   for (int64_t j = 0; j < cols; j += kPiece) {
     const int64_t piece = smaller(kPiece, cols - j);
     for (int64_t i = 0; i < rows; ++i)
-      round_row(from + i * stride + j, dense + i * kPiece * size, m.dtype, piece,
-                field.row(i, j));
+      round_row(from + i * stride + j, dense + i * kPiece * size, m.dtype, piece, field.row(i, j));
     transfer<true>(at(m, 0, j), rows, piece, dense);
   }
 }
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

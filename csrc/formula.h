@@ -6,6 +6,7 @@
 
 #include "job.h"
 
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
 
 // ΔW = s · max(P, 0) ⊙ sgn(Q).
@@ -21,15 +22,16 @@ struct ProductGradients {
 
 // ∂P = s·H ⊙ sgn(Q) ⊙ 1[P > 0] and ∂Q = ste(s·H ⊙ max(P, 0)).
 template <class V>
-inline ProductGradients<V> product_gradients(V h, V p, V q, V scale, dual_lora::Estimator estimator, V bound) {
+inline ProductGradients<V> product_gradients(V h, V p, V q, V scale, Estimator estimator, V bound) {
   const V scaled = mul(scale, h);
   V grad_q = mul(scaled, relu(p));
-  if (estimator == dual_lora::Estimator::clip) {
+  if (estimator == Estimator::clip) {
     grad_q = clamp(grad_q, bound);
-  } else if (estimator == dual_lora::Estimator::xnor) {
+  } else if (estimator == Estimator::xnor) {
     grad_q = where_within_one(q, grad_q);
   }
   return {where_positive(p, signed_by(scaled, q)), grad_q};
 }
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

@@ -1,7 +1,7 @@
 // What the operators hand to the kernels: views of tensors, and one job for each of the three sweeps over a weight.
 //
-// Plain data without torch, so that the kernels' files need no header of it. Shapes as in dual_lora_kernels/reference.py:
-// W0 [n, k], A [r1, k], B [n, r1], C [r2, k], D [n, r2], H [n, k].
+// Plain data without torch, so that the kernels' files need no header of it. Shapes as in
+// dual_lora_kernels/reference.py: W0 [n, k], A [r1, k], B [n, r1], C [r2, k], D [n, r2], H [n, k].
 #pragma once
 
 #include <cstddef>
@@ -71,16 +71,16 @@ struct TokenJob {
   Matrix x, y, bias;
 };
 
-// Partial sums of one unit of a GradientJob, in H's dtype. `down`: [padded ranks, down_stride] for A and C; `up`: [unit's
-// rows, padded ranks] for B and D.
+// Partial sums of one unit of a GradientJob, in H's dtype. `down`: [padded ranks, down_stride] for A and C; `up`:
+// [unit's rows, padded ranks] for B and D.
 struct Partials {
   void* down;
   int64_t down_stride;
   void* up;
 };
 
-// Work is cut into units, rectangles that depend on the shape and the workspace: sums have one order, whatever the number
-// of threads.
+// Work is cut into units, rectangles that depend on the shape and the workspace: sums have one order, whatever the
+// number of threads.
 inline constexpr int64_t kUnitCols = 384;  // at most; a constant so that strides are known to the compiler
 inline constexpr int64_t kTokenRows = 64;
 inline constexpr int64_t kRowBlock = 16;  // rows that a kernel works on at a time
@@ -90,8 +90,8 @@ inline constexpr int64_t kRankStep = 4;   // ranks that a product works on at a 
 // sets (generating W took 1.5 times as long).
 inline constexpr int64_t kStride = kUnitCols + 16;
 
-// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. Static, like all that
-// the kernels' files share: of inline functions the linker keeps one, with whatever instructions its file may use.
+// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. Static, like all
+// that the kernels' files share: of inline functions the linker keeps one, with whatever instructions its file may use.
 static constexpr int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
 static constexpr int64_t stepped_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
 static constexpr int64_t padded_ranks(const Factors& factors) {
@@ -109,7 +109,6 @@ static constexpr int64_t down_t_size(int64_t rank, int64_t cols) { return (cols 
 
 // One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
 struct KernelTable {
-  const char* name;
   // Packing, in fp32 or (wide) fp64: strips of kUnitCols columns and blocks of kRowBlock rows by themselves.
   void (*pack_strip)(const Factors&, bool wide, int64_t strip, const Packed&);
   void (*pack_block)(const Factors&, bool wide, int64_t block, const Packed&);

@@ -1,7 +1,4 @@
 // Kernels for AArch64.
-#include "vectors/neon.h"
-#include "vectors/portable.h"
-// after the vectors
+#define DUAL_LORA_NAMESPACE neon
+#define DUAL_LORA_VECTORS "vectors/neon.h"
 #include "kernels.h"
-
-DUAL_LORA_KERNEL_TABLE(neon)

@@ -36,7 +36,7 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Double: return Dtype::float64;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
-    default: 
+    default:
       STD_TORCH_CHECK(false, name, ": got ", name_of(tensor.scalar_type()),
                       ", expected float32, float64, bfloat16 or float16");
   }
@@ -45,8 +45,8 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
 Matrix matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, ": got ", tensor.dim(), " dimensions, expected 2");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  return {tensor.data_ptr(),   dtype_of(tensor, name), tensor.size(0),
-          tensor.size(1),      tensor.stride(0),       tensor.stride(1)};
+  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.size(0),
+          tensor.size(1),    tensor.stride(0),       tensor.stride(1)};
 }
 
 Matrix matrix(const std::optional<Tensor>& tensor, const char* name) {
@@ -150,7 +150,7 @@ class PackedTensors {
     view.magnitude = pair(factors.A.rows, rows, cols, transposed);
     view.direction = pair(factors.C.rows, rows, cols, transposed);
     const int64_t strips = count(cols, kUnitCols), blocks = count(rows, kRowBlock);
-    const KernelTable& kernels = kernel_table();
+    const KernelTable& kernels = instruction_set().kernels;
     torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         if (part < strips) kernels.pack_strip(factors, wide, part, view);
@@ -192,7 +192,7 @@ void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor
   const PackedTensors packed(factors, is_wide(factors), false);
   job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
-  const KernelTable& kernels = kernel_table();
+  const KernelTable& kernels = instruction_set().kernels;
   const Grid grid = grid_of(factors, 128);
   for_each_unit(grid.units(), kernels.weight_scratch(job), [&](int64_t unit, void* scratch) {
     kernels.weight(job, grid.range(unit / grid.strips(), unit % grid.strips()), scratch);
@@ -240,13 +240,15 @@ int64_t partial_size(const Grid& grid, int64_t ranks) { return ranks * (grid.uni
 template <class T>
 void run_section(const GradientJob& job, const GradientTargets& targets, const Grid& grid, const Section& section,
                  T* memory) {
-  const KernelTable& kernels = kernel_table();
+  const KernelTable& kernels = instruction_set().kernels;
   const Factors& factors = job.weight_job.factors;
   const int64_t ranks = padded_ranks(factors), magnitude = padded_rank(factors.A.rows), strips = section.strips;
   const int64_t down_size = ranks * grid.unit_cols, up_size = ranks * grid.unit_rows;
   const int64_t units = section.chunks * strips;
   T* ups = memory + units * down_size;
-  const auto range = [&](int64_t chunk, int64_t strip) { return grid.range(section.chunk + chunk, section.strip + strip); };
+  const auto range = [&](int64_t chunk, int64_t strip) {
+    return grid.range(section.chunk + chunk, section.strip + strip);
+  };
   for_each_unit(units, kernels.gradient_scratch(job), [&](int64_t unit, void* scratch) {
     kernels.gradient(job, range(unit / strips, unit % strips),
                      {memory + unit * down_size, grid.unit_cols, ups + unit * up_size}, scratch);
@@ -259,8 +261,8 @@ void run_section(const GradientJob& job, const GradientTargets& targets, const G
         add_partials(targets.A, 0, factors.A.rows, own.col, own.cols, down, grid.unit_cols, section.chunks,
                      strips * down_size);
       if (targets.C.data != nullptr)
-        add_partials(targets.C, 0, factors.C.rows, own.col, own.cols, down + magnitude * grid.unit_cols,
-                     grid.unit_cols, section.chunks, strips * down_size);
+        add_partials(targets.C, 0, factors.C.rows, own.col, own.cols, down + magnitude * grid.unit_cols, grid.unit_cols,
+                     section.chunks, strips * down_size);
     } else {  // B and D of one chunk, over the strips
       const int64_t chunk = part - strips;
       const Range own = range(chunk, 0);
@@ -328,14 +330,14 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
   const Matrix x = matrix(input, "input"), y = matrix(out, "out");
   Matrix bias_view;
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == factors.B.rows,
-                    "bias: expected [", factors.B.rows, "] on the CPU");
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == factors.B.rows, "bias: expected [",
+                    factors.B.rows, "] on the CPU");
     bias_view = {bias->data_ptr(), dtype_of(*bias, "bias"), 1, factors.B.rows, 0, bias->stride(0)};
   }
   check_shape(x, "input", x.rows, factors.A.cols);
   check_shape(y, "out", x.rows, factors.B.rows);
-  STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64),
-                  "input: got ", name_of(input.scalar_type()), " with factors of ", name_of(A.scalar_type()),
+  STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64), "input: got ",
+                  name_of(input.scalar_type()), " with factors of ", name_of(A.scalar_type()),
                   ", expected float64 for both or for neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
@@ -343,14 +345,15 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
   TokenJob job = {weight_job(rounded, weight, factors, 0, 0, dither), x, y, bias_view};
   const PackedTensors packed(factors, is_wide(factors), false);
   job.weight_job.packed = packed.view;
-  const KernelTable& kernels = kernel_table();
-  const int64_t rows = factors.B.rows, step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
+  const KernelTable& kernels = instruction_set().kernels;
+  const int64_t rows = factors.B.rows,
+                step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
   for_each_unit(count(rows, step), kernels.token_scratch(job), [&](int64_t unit, void* scratch) {
     kernels.token(job, unit * step, std::min(step, rows - unit * step), scratch);
   });
 }
 
-std::string capability() { return kernel_table().name; }
+std::string capability() { return instruction_set().name; }
 
 }  // namespace
 }  // namespace dual_lora

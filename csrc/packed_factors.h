@@ -3,9 +3,8 @@
 
 #include "products.h"
 
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
-
-using dual_lora::kUnitCols;
 
 template <class V>
 constexpr int64_t padded_cols(int64_t cols) {
@@ -18,8 +17,7 @@ class PackedFactors {
   using T = typename V::scalar;
 
  public:
-  PackedFactors(const dual_lora::Factors& factors, const dual_lora::Packed& packed)
-      : factors_(factors), packed_(packed) {}
+  PackedFactors(const Factors& factors, const Packed& packed) : factors_(factors), packed_(packed) {}
 
   // Packs the columns of one strip.
   void pack_strip(int64_t strip) const {
@@ -38,15 +36,16 @@ class PackedFactors {
   Pair<T> direction(int64_t row, int64_t col) const { return pair(factors_.C.rows, packed_.direction, row, col); }
 
  private:
-  static Pair<T> pair(int64_t rank, const dual_lora::PackedPair& packed, int64_t row, int64_t col) {
+  static Pair<T> pair(int64_t rank, const PackedPair& packed, int64_t row, int64_t col) {
     T* down = static_cast<T*>(packed.down) + col / kUnitCols * padded_rank(rank) * kStride + col % kUnitCols;
     T* up = static_cast<T*>(packed.up) + row * padded_rank(rank);
     T* down_t = packed.down_t == nullptr ? nullptr : static_cast<T*>(packed.down_t) + col * padded_rank(rank);
     return {down, down_t, up, rank};
   }
 
-  static void pack_strip(int64_t strip, const Matrix& matrix, const dual_lora::PackedPair& packed) {
-    const int64_t col = strip * kUnitCols, cols = smaller(kUnitCols, matrix.cols - col), rank = padded_rank(matrix.rows);
+  static void pack_strip(int64_t strip, const Matrix& matrix, const PackedPair& packed) {
+    const int64_t col = strip * kUnitCols, cols = smaller(kUnitCols, matrix.cols - col),
+                  rank = padded_rank(matrix.rows);
     const int64_t padded = padded_cols<V>(cols);
     const Pair<T> to = pair(matrix.rows, packed, 0, col);
     load_block<V>(at(matrix, 0, col), matrix.rows, cols, to.down, kStride, padded);
@@ -57,8 +56,9 @@ class PackedFactors {
         for (int64_t j = start; j < start + V::lanes; ++j) to.down_t[j * rank + r] = to.down[r * kStride + j];
   }
 
-  static void pack_block(int64_t block, const Matrix& matrix, const dual_lora::PackedPair& packed) {
-    const int64_t row = block * kRowBlock, rows = smaller(kRowBlock, matrix.rows - row), rank = padded_rank(matrix.cols);
+  static void pack_block(int64_t block, const Matrix& matrix, const PackedPair& packed) {
+    const int64_t row = block * kRowBlock, rows = smaller(kRowBlock, matrix.rows - row),
+                  rank = padded_rank(matrix.cols);
     const Pair<T> to = pair(matrix.cols, packed, row, 0);
     T dense[kRowBlock * kPiece];
     for (int64_t start = 0; start < rank; start += kPiece) {
@@ -69,8 +69,9 @@ class PackedFactors {
     }
   }
 
-  const dual_lora::Factors& factors_;
-  const dual_lora::Packed& packed_;
+  const Factors& factors_;
+  const Packed& packed_;
 };
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

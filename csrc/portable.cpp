@@ -1,12 +1,4 @@
 // Kernels without intrinsics, for every other processor.
-#include "vectors/portable.h"
-
-namespace {
-using F32 = Lanes<float, 8>;
-using F64 = Lanes<double, 4>;
-inline void fence() {}
-}  // namespace
-// after the vectors
+#define DUAL_LORA_NAMESPACE portable
+#define DUAL_LORA_VECTORS "vectors/portable.h"
 #include "kernels.h"
-
-DUAL_LORA_KERNEL_TABLE(portable)

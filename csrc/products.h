@@ -10,11 +10,11 @@
 // What works in registers must not be left to the compiler's judgement: a call passes vectors through memory.
 #define DUAL_LORA_INLINE inline __attribute__((always_inline))
 
-namespace {
+// A loop over the vectors of a tile. Unrolled completely, since only then can each vector stay in a register.
+#define DUAL_LORA_UNROLL(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); ++i)
 
-using dual_lora::kRankStep;
-using dual_lora::padded_rank;
-using dual_lora::stepped_rank;
+namespace dual_lora::DUAL_LORA_NAMESPACE {
+namespace {
 
 // A factor pair of a unit, packed. `down`: [padded rank, kStride]; `down_t`: the same, [kUnitCols, padded rank]; `up`:
 // [blocks of kRowBlock rows, padded rank, kRowBlock], so that a block's column is dense. Blocks of W, H and gradients
@@ -32,31 +32,27 @@ struct Pair {
 // product[i][c] = Σ_r up[r, i] · down[r, vector c].
 template <class V, int R, int C>
 DUAL_LORA_INLINE void rank_product(const typename V::scalar* up, const typename V::scalar* down, int64_t rank,
-                         V (&product)[R][C]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) product[i][c] = V::set(0);
+                                   V (&product)[R][C]) {
+  DUAL_LORA_UNROLL(i, R)
+    DUAL_LORA_UNROLL(c, C) product[i][c] = V::set(0);
   for (int64_t start = 0; start < rank; start += kRankStep) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRankStep; ++r, up += kRowBlock, down += kStride) {
+    DUAL_LORA_UNROLL(r, kRankStep) {
       V line[C];
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) line[c] = V::load(down + c * V::lanes);
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
+      DUAL_LORA_UNROLL(c, C) line[c] = V::load(down + c * V::lanes);
+      DUAL_LORA_UNROLL(i, R) {
         const V factor = V::set(up[i]);
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) product[i][c] = fma(factor, line[c], product[i][c]);
+        DUAL_LORA_UNROLL(c, C) product[i][c] = fma(factor, line[c], product[i][c]);
       }
+      up += kRowBlock;
+      down += kStride;
     }
   }
 }
 
 // Calls sink(row, col, p, q) with the R × C vectors of one tile of a block.
 template <class V, int R, int C, class Sink>
-DUAL_LORA_INLINE void tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction, int64_t block,
-                 int64_t row, int64_t col, Sink& sink) {
+DUAL_LORA_INLINE void tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction,
+                           int64_t block, int64_t row, int64_t col, Sink& sink) {
   V p[R][C], q[R][C];
   rank_product<V, R, C>(magnitude.up_block(block) + row, magnitude.down + col, magnitude.rank, p);
   rank_product<V, R, C>(direction.up_block(block) + row, direction.down + col, direction.rank, q);
@@ -88,25 +84,18 @@ template <class V, int R, int C>
 inline void sum_over_rows(const typename V::scalar* block, int64_t rows, const typename V::scalar* up,
                           typename V::scalar* sums) {
   V total[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) total[r][c] = V::load(sums + r * kStride + c * V::lanes);
+  DUAL_LORA_UNROLL(r, R)
+    DUAL_LORA_UNROLL(c, C) total[r][c] = V::load(sums + r * kStride + c * V::lanes);
   for (int64_t i = 0; i < rows; ++i, block += kStride, ++up) {
     V line[C];
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) line[c] = V::load(block + c * V::lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
+    DUAL_LORA_UNROLL(c, C) line[c] = V::load(block + c * V::lanes);
+    DUAL_LORA_UNROLL(r, R) {
       const V factor = V::set(up[r * kRowBlock]);
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) total[r][c] = fma(factor, line[c], total[r][c]);
+      DUAL_LORA_UNROLL(c, C) total[r][c] = fma(factor, line[c], total[r][c]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) total[r][c].store(sums + r * kStride + c * V::lanes);
+  DUAL_LORA_UNROLL(r, R)
+    DUAL_LORA_UNROLL(c, C) total[r][c].store(sums + r * kStride + c * V::lanes);
 }
 
 template <class V, int C>
@@ -115,8 +104,7 @@ inline void sum_over_rows(const typename V::scalar* block, int64_t rows, const t
   constexpr int R = V::registers / 4;
   int64_t r = 0;
   for (; r + R <= rank; r += R) sum_over_rows<V, R, C>(block, rows, up + r * kRowBlock, sums + r * kStride);
-  for (; r < rank; r += kRankStep)
-    sum_over_rows<V, kRankStep, C>(block, rows, up + r * kRowBlock, sums + r * kStride);
+  for (; r < rank; r += kRankStep) sum_over_rows<V, kRankStep, C>(block, rows, up + r * kRowBlock, sums + r * kStride);
 }
 
 // The whole of it: block [rows, cols], sums [rank, kStride]; rank a multiple of kRankStep.
@@ -133,15 +121,12 @@ template <class V, int I>
 inline void sum_over_columns(const typename V::scalar* block, int64_t cols, const typename V::scalar* down_t,
                              int64_t rank_stride, typename V::scalar* sums, int64_t sums_stride) {
   V total[I];
-#pragma GCC unroll 16
-  for (int i = 0; i < I; ++i) total[i] = V::load(sums + i * sums_stride);
+  DUAL_LORA_UNROLL(i, I) total[i] = V::load(sums + i * sums_stride);
   for (int64_t j = 0; j < cols; ++j, down_t += rank_stride) {
     const V line = V::load(down_t);
-#pragma GCC unroll 16
-    for (int i = 0; i < I; ++i) total[i] = fma(V::set(block[i * kStride + j]), line, total[i]);
+    DUAL_LORA_UNROLL(i, I) total[i] = fma(V::set(block[i * kStride + j]), line, total[i]);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < I; ++i) total[i].store(sums + i * sums_stride);
+  DUAL_LORA_UNROLL(i, I) total[i].store(sums + i * sums_stride);
 }
 
 // The whole of it: block [rows, cols], down_t [cols, padded rank], sums [rows, sums_stride].
@@ -166,25 +151,18 @@ template <class V, int I, int X>
 inline void token_product(const typename V::scalar* block, int64_t cols, const typename V::scalar* x,
                           typename V::scalar* sums, int64_t sums_stride) {
   V total[I][X];
-#pragma GCC unroll 16
-  for (int i = 0; i < I; ++i)
-#pragma GCC unroll 16
-    for (int t = 0; t < X; ++t) total[i][t] = V::load(sums + i * sums_stride + t * V::lanes);
+  DUAL_LORA_UNROLL(i, I)
+    DUAL_LORA_UNROLL(t, X) total[i][t] = V::load(sums + i * sums_stride + t * V::lanes);
   for (int64_t j = 0; j < cols; j += V::lanes) {
     V line[X];
-#pragma GCC unroll 16
-    for (int t = 0; t < X; ++t) line[t] = V::load(x + t * kStride + j);
-#pragma GCC unroll 16
-    for (int i = 0; i < I; ++i) {
+    DUAL_LORA_UNROLL(t, X) line[t] = V::load(x + t * kStride + j);
+    DUAL_LORA_UNROLL(i, I) {
       const V values = V::load(block + i * kStride + j);
-#pragma GCC unroll 16
-      for (int t = 0; t < X; ++t) total[i][t] = fma(values, line[t], total[i][t]);
+      DUAL_LORA_UNROLL(t, X) total[i][t] = fma(values, line[t], total[i][t]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < I; ++i)
-#pragma GCC unroll 16
-    for (int t = 0; t < X; ++t) total[i][t].store(sums + i * sums_stride + t * V::lanes);
+  DUAL_LORA_UNROLL(i, I)
+    DUAL_LORA_UNROLL(t, X) total[i][t].store(sums + i * sums_stride + t * V::lanes);
 }
 
 // The whole of it: block [rows, cols], x [tokens, kStride], sums [rows, tokens] vectors; tokens a multiple of X.
@@ -205,3 +183,4 @@ inline void token_product(const typename V::scalar* block, int64_t rows, int64_t
 }
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

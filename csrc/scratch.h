@@ -8,6 +8,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
 
 constexpr size_t kCacheLine = 64;
@@ -31,3 +32,4 @@ struct Scratch {
 };
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

@@ -5,9 +5,8 @@
 #include "packed_factors.h"
 #include "scratch.h"
 
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
-
-using dual_lora::WeightJob;
 
 // Whether vectors can be read from and written to a matrix itself.
 template <class V>
@@ -82,16 +81,12 @@ class WeightBlock {
   template <int R, int C>
   DUAL_LORA_INLINE void put(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
     V total[R][C];
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) total[i][c] = update(p[i][c], q[i][c], scale_);
+    DUAL_LORA_UNROLL(i, R)
+      DUAL_LORA_UNROLL(c, C) total[i][c] = update(p[i][c], q[i][c], scale_);
     if (base_rows_ != nullptr) {
       const T* base = base_rows_ + row * base_stride_ + col;
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) {
+      DUAL_LORA_UNROLL(i, R)
+        DUAL_LORA_UNROLL(c, C) {
           const T* from = base + i * base_stride_ + c * V::lanes;
           // The next block's rows, far apart in memory, one line at a time.
           __builtin_prefetch(from + kRowBlock * base_stride_, 0, 2);
@@ -100,15 +95,11 @@ class WeightBlock {
     }
     T* out = out_rows_ + row * out_stride_ + col;
     if (streams_) {
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) total[i][c].stream(out + i * out_stride_ + c * V::lanes);
+      DUAL_LORA_UNROLL(i, R)
+        DUAL_LORA_UNROLL(c, C) total[i][c].stream(out + i * out_stride_ + c * V::lanes);
     } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) total[i][c].store(out + i * out_stride_ + c * V::lanes);
+      DUAL_LORA_UNROLL(i, R)
+        DUAL_LORA_UNROLL(c, C) total[i][c].store(out + i * out_stride_ + c * V::lanes);
     }
   }
 
@@ -146,3 +137,4 @@ class WeightBlock {
 };
 
 }  // namespace
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

@@ -1,22 +1,13 @@
-// Every compiled instruction set's kernels against the portable ones, without torch: for processors that only an emulator
-// has (`make cross`). Numbers are small integers times powers of two, so all sums are exact and all bits must be equal.
+// Every compiled instruction set's kernels against the portable ones, without torch: for processors that only an
+// emulator has (`make cross`). Numbers are small integers times powers of two, so all sums are exact and all bits must
+// be equal.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
-#include "../job.h"
-
-namespace dual_lora {
-#if defined(DUAL_LORA_X86)
-const KernelTable& avx512();
-const KernelTable& avx2();
-#elif defined(DUAL_LORA_NEON)
-const KernelTable& neon();
-#endif
-const KernelTable& portable();
-}  // namespace dual_lora
+#include "../capability.h"
 
 namespace {
 
@@ -89,7 +80,8 @@ class Owned {
     } else {
       uint16_t half = static_cast<uint16_t>(bits >> 16);
       if (view.dtype == Dtype::float16)
-        half = static_cast<uint16_t>(value == 0 ? 0 : ((bits >> 16) & 0x8000u) | (((bits & 0x7FFFFFFFu) - 0x38000000u) >> 13));
+        half = static_cast<uint16_t>(
+            value == 0 ? 0 : ((bits >> 16) & 0x8000u) | (((bits & 0x7FFFFFFFu) - 0x38000000u) >> 13));
       std::memcpy(place, &half, 2);
     }
   }
@@ -112,7 +104,8 @@ struct Options {
 class PackedMemory {
  public:
   PackedMemory(const KernelTable& kernels, const Factors& factors, bool wide)
-      : magnitude_(factors.A.rows, factors, wide), direction_(factors.C.rows, factors, wide),
+      : magnitude_(factors.A.rows, factors, wide),
+        direction_(factors.C.rows, factors, wide),
         view{magnitude_.view(), direction_.view()} {
     for (int64_t strip = 0; strip * kUnitCols < factors.A.cols; ++strip) kernels.pack_strip(factors, wide, strip, view);
     for (int64_t block = 0; block * kRowBlock < factors.B.rows; ++block) kernels.pack_block(factors, wide, block, view);
@@ -154,7 +147,8 @@ void for_each_unit(const Shape& shape, const Options& options, const F& run) {
   int64_t unit = 0;
   for (int64_t row = 0; row < shape.rows; row += options.unit_rows)
     for (int64_t col = 0; col < shape.cols; col += options.unit_cols, ++unit)
-      run(unit, Range{row, std::min(options.unit_rows, shape.rows - row), col, std::min(options.unit_cols, shape.cols - col)});
+      run(unit, Range{row, std::min(options.unit_rows, shape.rows - row), col,
+                      std::min(options.unit_cols, shape.cols - col)});
 }
 
 struct Inputs {
@@ -178,7 +172,8 @@ struct Inputs {
   }
 };
 
-void run(const KernelTable& kernels, const Shape& shape, const Options& options, const Inputs& inputs, Results& results) {
+void run(const KernelTable& kernels, const Shape& shape, const Options& options, const Inputs& inputs,
+         Results& results) {
   const Factors& factors = inputs.factors;
   const bool wide = options.factors == Dtype::float64;
   const PackedMemory packed(kernels, factors, wide), wide_packed(kernels, factors, true);
@@ -209,10 +204,10 @@ void run(const KernelTable& kernels, const Shape& shape, const Options& options,
     kernels.token(tokens, row, std::min(kTokenRows, shape.rows - row), token_scratch.data());
 }
 
-int compare(const KernelTable& kernels) {
-  constexpr Shape shapes[] = {{1, 1, 1, 1, 1},    {5, 7, 2, 3, 3},     {16, 16, 4, 4, 4},   {17, 33, 5, 1, 1},
-                              {31, 48, 16, 16, 8}, {64, 97, 8, 20, 5}, {33, 383, 3, 17, 2}, {40, 400, 33, 7, 16},
-                              {70, 777, 6, 6, 6}};
+int compare(const InstructionSet& set, const InstructionSet& reference) {
+  constexpr Shape shapes[] = {{1, 1, 1, 1, 1},     {5, 7, 2, 3, 3},      {16, 16, 4, 4, 4},
+                              {17, 33, 5, 1, 1},   {31, 48, 16, 16, 8},  {64, 97, 8, 20, 5},
+                              {33, 383, 3, 17, 2}, {40, 400, 33, 7, 16}, {70, 777, 6, 6, 6}};
   int failures = 0;
   int64_t cases = 0;
   for (const Shape& shape : shapes) {
@@ -233,52 +228,41 @@ int compare(const KernelTable& kernels) {
           o.unit_rows = kRowBlock * draw(1, 4);
           o.unit_cols = draw(0, 1) ? kUnitCols : kUnitCols / 8;
           const Inputs inputs(shape, o);
-          const int64_t units = ((shape.rows + o.unit_rows - 1) / o.unit_rows) * ((shape.cols + o.unit_cols - 1) / o.unit_cols);
+          const int64_t units =
+              ((shape.rows + o.unit_rows - 1) / o.unit_rows) * ((shape.cols + o.unit_cols - 1) / o.unit_cols);
           const int64_t ranks = padded_ranks(inputs.factors);
           Results ours(shape, o, ranks, units), theirs(shape, o, ranks, units);
-          run(kernels, shape, o, inputs, ours);
-          run(portable(), shape, o, inputs, theirs);
+          run(set.kernels, shape, o, inputs, ours);
+          run(reference.kernels, shape, o, inputs, theirs);
           ++cases;
-          const char* wrong = !(ours.weight == theirs.weight)     ? "W"
-                              : !(ours.down == theirs.down)       ? "sums for A and C"
-                              : !(ours.up == theirs.up)           ? "sums for B and D"
-                              : !(ours.second == theirs.second)   ? "W of the gradients"
-                              : !(ours.tokens == theirs.tokens)   ? "few tokens"
-                                                                  : nullptr;
+          const char* wrong = !(ours.weight == theirs.weight)   ? "W"
+                              : !(ours.down == theirs.down)     ? "sums for A and C"
+                              : !(ours.up == theirs.up)         ? "sums for B and D"
+                              : !(ours.second == theirs.second) ? "W of the gradients"
+                              : !(ours.tokens == theirs.tokens) ? "few tokens"
+                                                                : nullptr;
           if (wrong == nullptr) continue;
           ++failures;
-          std::printf("%s: %s differ: W [%d, %d], ranks %d and %d, factors %s, weight %s, out %s, variant %d\n", kernels.name,
-                      wrong, static_cast<int>(shape.rows), static_cast<int>(shape.cols), static_cast<int>(shape.r1),
-                      static_cast<int>(shape.r2), kNames[static_cast<int>(factor)], kNames[static_cast<int>(o.weight)],
-                      kNames[static_cast<int>(out)], variant);
+          std::printf("%s: %s differ: W [%d, %d], ranks %d and %d, factors %s, weight %s, out %s, variant %d\n",
+                      set.name, wrong, static_cast<int>(shape.rows), static_cast<int>(shape.cols),
+                      static_cast<int>(shape.r1), static_cast<int>(shape.r2), kNames[static_cast<int>(factor)],
+                      kNames[static_cast<int>(o.weight)], kNames[static_cast<int>(out)], variant);
         }
       }
     }
   }
-  std::printf("%s against %s: %d of %d cases differ\n", kernels.name, portable().name, failures, static_cast<int>(cases));
+  std::printf("%s against %s: %d of %d cases differ\n", set.name, reference.name, failures, static_cast<int>(cases));
   return failures;
 }
 
 }  // namespace
 
 int main() {
-  struct Choice {
-    const KernelTable& (*table)();
-    bool runs;
-  };
-  const Choice choices[] = {
-#if defined(DUAL_LORA_X86)
-      {avx512, __builtin_cpu_supports("avx512f") != 0},
-      {avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-#elif defined(DUAL_LORA_NEON)
-      {neon, true},
-#endif
-      {portable, true},
-  };
+  const std::vector<InstructionSet> sets = instruction_sets();
   int failures = 0;
-  for (const Choice& choice : choices) {
-    if (choice.runs) failures += compare(choice.table());
-    else std::printf("%s: not on this processor\n", choice.table().name);
+  for (const InstructionSet& set : sets) {
+    if (set.runs) failures += compare(set, sets.back());
+    else std::printf("%s: not on this processor\n", set.name);
   }
   return failures == 0 ? 0 : 1;
 }

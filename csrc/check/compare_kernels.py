@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from setup import FLAGS, KERNELS, MACROS, architecture  # noqa: E402
+from setup import FLAGS, KERNELS, architecture  # noqa: E402
 
 
 def main(target: str, compiler: str, *emulator: str) -> int:
@@ -29,11 +29,11 @@ def main(target: str, compiler: str, *emulator: str) -> int:
     def compile_one(job: tuple[str, list[str]]) -> str:
         name, flags = job
         result = str(build / f"{Path(name).stem}.o")
-        command = [compiler, *FLAGS, *MACROS[target], *flags, "-c", f"csrc/{name}.cpp", "-o", result]
+        command = [compiler, *FLAGS, *flags, "-c", f"csrc/{name}.cpp", "-o", result]
         subprocess.run(command, cwd=ROOT, check=True)
         return result
 
-    jobs = KERNELS[target] | {"check/compare_kernels": ["-Wall", "-Wextra"]}
+    jobs = KERNELS[target] | {"capability": [], "check/compare_kernels": ["-Wall", "-Wextra"]}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs.items()))
     program = str(build / "compare_kernels")

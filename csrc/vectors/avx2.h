@@ -1,11 +1,12 @@
-// AVX2 vectors with FMA and F16C. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return their
-// second operand where one is NaN.
+// AVX2 vectors with FMA and F16C. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return
+// their second operand where one is NaN.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
+namespace dual_lora::avx2 {
 namespace {
 
 struct F32 {
@@ -95,3 +96,4 @@ inline double sum(F64 x) {
 }
 
 }  // namespace
+}  // namespace dual_lora::avx2

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+namespace dual_lora::avx512 {
 namespace {
 
 struct F32 {
@@ -52,7 +53,8 @@ inline F64 relu(F64 x) { return {_mm512_max_pd(_mm512_setzero_pd(), x.v)}; }
 inline F32 signed_by(F32 x, F32 q) {
   const __mmask16 positive = _mm512_cmp_ps_mask(q.v, _mm512_setzero_ps(), _CMP_GT_OQ);
   const __m512i bits = _mm512_castps_si512(x.v);
-  return {_mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, static_cast<__mmask16>(~positive), bits, _mm512_set1_epi32(INT32_MIN)))};
+  return {_mm512_castsi512_ps(
+      _mm512_mask_xor_epi32(bits, static_cast<__mmask16>(~positive), bits, _mm512_set1_epi32(INT32_MIN)))};
 }
 inline F64 signed_by(F64 x, F64 q) {
   const __mmask8 positive = _mm512_cmp_pd_mask(q.v, _mm512_setzero_pd(), _CMP_GT_OQ);
@@ -89,3 +91,4 @@ inline float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 inline double sum(F64 x) { return _mm512_reduce_add_pd(x.v); }
 
 }  // namespace
+}  // namespace dual_lora::avx512

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+namespace dual_lora::neon {
 namespace {
 
 struct F32 {
@@ -66,3 +67,4 @@ inline float sum(F32 x) { return vaddvq_f32(x.v); }
 inline double sum(F64 x) { return vaddvq_f64(x.v); }
 
 }  // namespace
+}  // namespace dual_lora::neon
