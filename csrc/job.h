@@ -33,6 +33,12 @@ struct Range {
 
 enum class Estimator : int64_t { clip, dorefa, xnor };
 
+// How ∂Q passes the sign. The bound is that of `clip`.
+struct StraightThrough {
+  Estimator estimator;
+  double clip_bound;
+};
+
 // A pair of factors (up @ down) as the products read it, in one accumulation type: `down` strip by strip, `up` block by
 // block, and `down_t`, `down` transposed, which only gradients need (else null). See packed_factors.h.
 struct PackedPair {
@@ -60,8 +66,7 @@ struct GradientJob {
   WeightJob weight_job;
   Matrix h;
   Packed wide_packed;  // in H's dtype
-  Estimator estimator;
-  double clip_bound;
+  StraightThrough ste;
   bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
 };
 

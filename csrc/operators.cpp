@@ -43,10 +43,10 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 Matrix matrix(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2, name, ": got ", tensor.dim(), " dimensions, expected 2");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  STD_TORCH_CHECK(sizes.size() == 2, name, ": got ", sizes.size(), " dimensions, expected 2");
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  return {tensor.data_ptr(), dtype_of(tensor, name), tensor.size(0),
-          tensor.size(1),    tensor.stride(0),       tensor.stride(1)};
+  return {tensor.data_ptr(), dtype_of(tensor, name), sizes[0], sizes[1], strides[0], strides[1]};
 }
 
 Matrix matrix(const std::optional<Tensor>& tensor, const char* name) {
@@ -69,23 +69,33 @@ double scalar_of(const Tensor& scale) {
   return dtype == Dtype::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
 }
 
-Factors factors_of(const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& D, const Tensor& scale) {
-  const Factors factors = {matrix(A, "A"), matrix(B, "B"), matrix(C, "C"), matrix(D, "D"), scalar_of(scale)};
+using OptionalTensor = std::optional<Tensor>;
+using OptionalOrigin = std::optional<std::vector<int64_t>>;  // of a block in the dither's field; none: no dither
+
+// From A, B, C, D and the scale.
+Factors factors_of(const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(tensors.size() == 5, "factors: got ", tensors.size(), " tensors, expected A, B, C, D and the scale");
+  const Factors factors = {matrix(tensors[0], "A"), matrix(tensors[1], "B"), matrix(tensors[2], "C"),
+                           matrix(tensors[3], "D"), scalar_of(tensors[4])};
   check_shape(factors.B, "B", factors.B.rows, factors.A.rows);
   check_shape(factors.C, "C", factors.C.rows, factors.A.cols);
   check_shape(factors.D, "D", factors.B.rows, factors.C.rows);
-  for (const Tensor* factor : {&B, &C, &D})
-    STD_TORCH_CHECK(factor->scalar_type() == A.scalar_type(), "A, B, C, D: got ", name_of(A.scalar_type()), " and ",
-                    name_of(factor->scalar_type()), ", expected one dtype");
+  for (int i = 1; i < 4; ++i)
+    STD_TORCH_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), "A, B, C, D: got ",
+                    name_of(tensors[0].scalar_type()), " and ", name_of(tensors[i].scalar_type()),
+                    ", expected one dtype");
   return factors;
 }
 
-WeightJob weight_job(const Matrix& out, const std::optional<Tensor>& weight, const Factors& factors, int64_t row0,
-                     int64_t col0, bool dither) {
+WeightJob weight_job(const Matrix& out, const OptionalTensor& weight, const Factors& factors,
+                     const OptionalOrigin& dither) {
   const Matrix base = matrix(weight, "weight");
   if (weight.has_value()) check_shape(base, "weight", factors.B.rows, factors.A.cols);
+  STD_TORCH_CHECK(!dither.has_value() || dither->size() == 2, "dither: expected a row and a column");
   const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  return {factors, {}, out, base, row0, col0, dither && has_dither, false};
+  WeightJob job = {factors, {}, out, base, 0, 0, dither.has_value() && has_dither, false};
+  if (dither.has_value()) job.row0 = (*dither)[0], job.col0 = (*dither)[1];
+  return job;
 }
 
 // ---- units onto threads
@@ -141,15 +151,24 @@ void for_each_unit(int64_t units, size_t scratch, const F& run) {
   });
 }
 
-// The factors packed for the kernels, and the memory that holds them: one tensor a factor and orientation.
-class PackedTensors {
+bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
+
+// The factors packed for the kernels, and the memory that holds them: one tensor, since each costs about half a
+// microsecond. Every part is a whole number of cache lines.
+class PackedFactors {
  public:
-  PackedTensors(const Factors& factors, bool wide, bool transposed)
-      : dtype_(wide ? ScalarType::Double : ScalarType::Float) {
-    const int64_t rows = factors.B.rows, cols = factors.A.cols;
-    view.magnitude = pair(factors.A.rows, rows, cols, transposed);
-    view.direction = pair(factors.C.rows, rows, cols, transposed);
-    const int64_t strips = count(cols, kUnitCols), blocks = count(rows, kRowBlock);
+  PackedFactors(const Factors& factors, bool wide, bool transposed)
+      : memory_(torch::stable::empty({size(factors, factors.A.rows, transposed) + size(factors, factors.C.rows, transposed)},
+                                     wide ? ScalarType::Double : ScalarType::Float)) {
+    char* next = static_cast<char*>(memory_.data_ptr());
+    for (const bool is_magnitude : {true, false}) {
+      const int64_t rank = is_magnitude ? factors.A.rows : factors.C.rows, bytes = wide ? 8 : 4;
+      char* const up = next + down_size(rank, factors.A.cols) * bytes;
+      char* const down_t = up + up_size(rank, factors.B.rows) * bytes;
+      (is_magnitude ? view.magnitude : view.direction) = {next, up, transposed ? down_t : nullptr};
+      next += size(factors, rank, transposed) * bytes;
+    }
+    const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
     const KernelTable& kernels = instruction_set().kernels;
     torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
@@ -162,21 +181,14 @@ class PackedTensors {
   Packed view;
 
  private:
-  PackedPair pair(int64_t rank, int64_t rows, int64_t cols, bool transposed) {
-    return {take(down_size(rank, cols)), take(up_size(rank, rows)),
-            transposed ? take(down_t_size(rank, cols)) : nullptr};
+  static int64_t size(const Factors& factors, int64_t rank, bool transposed) {
+    return down_size(rank, factors.A.cols) + up_size(rank, factors.B.rows) +
+           (transposed ? down_t_size(rank, factors.A.cols) : 0);
   }
 
-  void* take(int64_t elements) {
-    tensors_.push_back(torch::stable::empty({elements}, dtype_));
-    return tensors_.back().data_ptr();
-  }
-
-  ScalarType dtype_;
-  std::vector<Tensor> tensors_;
+  Tensor memory_;
 };
 
-bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
 
 // Outputs from this size on are written past the caches: reading their lines before they are overwritten made
 // generating W 1.3 times as long. Smaller ones are still there when the matrix product reads them.
@@ -184,12 +196,12 @@ constexpr int64_t kStreamedElements = int64_t{1} << 20;
 
 // ---- operators
 
-void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale,
-                      int64_t row0, int64_t col0, bool dither) {
-  const Factors factors = factors_of(A, B, C, D, scale);
-  WeightJob job = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
+void effective_weight(const Tensor& out, const OptionalTensor& weight, const std::vector<Tensor>& tensors,
+                      const OptionalOrigin& dither) {
+  const Factors factors = factors_of(tensors);
+  WeightJob job = weight_job(matrix(out, "out"), weight, factors, dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
-  const PackedTensors packed(factors, is_wide(factors), false);
+  const PackedFactors packed(factors, is_wide(factors), false);
   job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = instruction_set().kernels;
@@ -199,35 +211,45 @@ void effective_weight(Tensor out, std::optional<Tensor> weight, Tensor A, Tensor
   });
 }
 
-// gradient[i, j] += Σ over `parts` partial sums, which lie `part_stride` apart, in their order.
+// Partial sums of one gradient: the first of `count`, which lie `stride` apart and are added in their order.
 template <class T>
-void add_partials(const Matrix& gradient, int64_t row, int64_t rows, int64_t col, int64_t cols, const T* partial,
-                  int64_t row_stride, int64_t parts, int64_t part_stride) {
+struct PartialSums {
+  const T* first;
+  int64_t row_stride, count, stride;
+};
+
+// Adds partial sums to a range of a gradient, if that is wanted.
+template <class T>
+void add_partials(const Matrix& gradient, Range range, PartialSums<T> partials) {
   constexpr int64_t kAtOnce = 64;  // columns summed side by side
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t start = 0; start < cols; start += kAtOnce) {
-      const int64_t piece = std::min(kAtOnce, cols - start);
+  if (gradient.data == nullptr) return;
+  for (int64_t i = 0; i < range.rows; ++i) {
+    for (int64_t start = 0; start < range.cols; start += kAtOnce) {
+      const int64_t piece = std::min(kAtOnce, range.cols - start);
       T totals[kAtOnce] = {};
-      for (int64_t part = 0; part < parts; ++part) {
-        const T* from = partial + part * part_stride + i * row_stride + start;
+      for (int64_t part = 0; part < partials.count; ++part) {
+        const T* from = partials.first + part * partials.stride + i * partials.row_stride + start;
         for (int64_t j = 0; j < piece; ++j) totals[j] += from[j];
       }
-      T* to = static_cast<T*>(gradient.data) + (row + i) * gradient.row_stride + (col + start) * gradient.col_stride;
+      T* to = static_cast<T*>(gradient.data) + (range.row + i) * gradient.row_stride +
+              (range.col + start) * gradient.col_stride;
       for (int64_t j = 0; j < piece; ++j) to[j * gradient.col_stride] += totals[j];
     }
   }
 }
 
-void check_gradient(const std::optional<Tensor>& gradient, const char* name, const Matrix& factor, const Tensor& h) {
-  if (!gradient.has_value()) return;
-  check_shape(matrix(*gradient, name), name, factor.rows, factor.cols);
-  STD_TORCH_CHECK(gradient->scalar_type() == h.scalar_type(), name, ": got ", name_of(gradient->scalar_type()),
-                  ", expected h's dtype, ", name_of(h.scalar_type()));
-}
-
 struct GradientTargets {
   Matrix A, B, C, D;
 };
+
+Matrix gradient_target(const OptionalTensor& gradient, const char* name, const Matrix& factor, const Tensor& h) {
+  const Matrix target = matrix(gradient, name);
+  if (!gradient.has_value()) return target;
+  check_shape(target, name, factor.rows, factor.cols);
+  STD_TORCH_CHECK(gradient->scalar_type() == h.scalar_type(), name, ": got ", name_of(gradient->scalar_type()),
+                  ", expected h's dtype, ", name_of(h.scalar_type()));
+  return target;
+}
 
 // A rectangle of units, whose partial sums are in memory at once: `down` of every unit, then `up` of every unit.
 struct Section {
@@ -256,60 +278,49 @@ void run_section(const GradientJob& job, const GradientTargets& targets, const G
   for_each_unit(strips + section.chunks, 0, [&](int64_t part, void*) {
     if (part < strips) {  // A and C of one strip, over the chunks
       const Range own = range(0, part);
-      const T* down = memory + part * down_size;
-      if (targets.A.data != nullptr)
-        add_partials(targets.A, 0, factors.A.rows, own.col, own.cols, down, grid.unit_cols, section.chunks,
-                     strips * down_size);
-      if (targets.C.data != nullptr)
-        add_partials(targets.C, 0, factors.C.rows, own.col, own.cols, down + magnitude * grid.unit_cols, grid.unit_cols,
-                     section.chunks, strips * down_size);
+      const PartialSums<T> down = {memory + part * down_size, grid.unit_cols, section.chunks, strips * down_size};
+      PartialSums<T> direction = down;
+      direction.first += magnitude * grid.unit_cols;
+      add_partials(targets.A, {0, factors.A.rows, own.col, own.cols}, down);
+      add_partials(targets.C, {0, factors.C.rows, own.col, own.cols}, direction);
     } else {  // B and D of one chunk, over the strips
       const int64_t chunk = part - strips;
       const Range own = range(chunk, 0);
-      const T* up = ups + chunk * strips * up_size;
-      if (targets.B.data != nullptr)
-        add_partials(targets.B, own.row, own.rows, 0, factors.A.rows, up, ranks, strips, up_size);
-      if (targets.D.data != nullptr)
-        add_partials(targets.D, own.row, own.rows, 0, factors.C.rows, up + magnitude, ranks, strips, up_size);
+      const PartialSums<T> up = {ups + chunk * strips * up_size, ranks, strips, up_size};
+      PartialSums<T> direction = up;
+      direction.first += magnitude;
+      add_partials(targets.B, {own.row, own.rows, 0, factors.A.rows}, up);
+      add_partials(targets.D, {own.row, own.rows, 0, factors.C.rows}, direction);
     }
   });
 }
 
-void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, int64_t estimator,
-                      double clip_bound, std::optional<Tensor> grad_A, std::optional<Tensor> grad_B,
-                      std::optional<Tensor> grad_C, std::optional<Tensor> grad_D, std::optional<Tensor> out,
-                      std::optional<Tensor> weight, int64_t row0, int64_t col0, bool dither, int64_t workspace) {
-  const Factors factors = factors_of(A, B, C, D, scale);
-  const int64_t rows = factors.B.rows, cols = factors.A.cols;
-  const GradientTargets targets = {matrix(grad_A, "grad_A"), matrix(grad_B, "grad_B"), matrix(grad_C, "grad_C"),
-                                   matrix(grad_D, "grad_D")};
-  const WeightJob weight_part = weight_job(matrix(out, "out"), weight, factors, row0, col0, dither);
-  GradientJob job = {weight_part,
-                     matrix(h, "h"),
-                     {},
-                     static_cast<Estimator>(estimator),
-                     clip_bound,
-                     targets.A.data != nullptr || targets.B.data != nullptr,
-                     targets.C.data != nullptr || targets.D.data != nullptr};
-  check_shape(job.h, "h", rows, cols);
-  if (out.has_value()) check_shape(weight_part.out, "out", rows, cols);
+// Adds to `gradients` (of A, B, C and D) what H contributes. Writes W in the same sweep if `weight_part` has an output.
+void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* gradients, StraightThrough ste,
+           int64_t workspace) {
+  const Factors& factors = weight_part.factors;
+  const Matrix h_view = matrix(h, "h");
+  check_shape(h_view, "h", factors.B.rows, factors.A.cols);
+  STD_TORCH_CHECK(h_view.dtype == Dtype::float64 || (h_view.dtype == Dtype::float32 && !is_wide(factors)), "h: got ",
+                  name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
+  const int64_t estimator = static_cast<int64_t>(ste.estimator);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
-  STD_TORCH_CHECK(job.h.dtype == Dtype::float64 || (job.h.dtype == Dtype::float32 && factors.A.dtype != Dtype::float64),
-                  "h: got ", name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
-  check_gradient(grad_A, "grad_A", factors.A, h);
-  check_gradient(grad_B, "grad_B", factors.B, h);
-  check_gradient(grad_C, "grad_C", factors.C, h);
-  check_gradient(grad_D, "grad_D", factors.D, h);
-  const int64_t ranks = padded_ranks(factors), size = job.h.dtype == Dtype::float64 ? 8 : 4;
+  const GradientTargets targets = {gradient_target(gradients[0], "grad_A", factors.A, h),
+                                   gradient_target(gradients[1], "grad_B", factors.B, h),
+                                   gradient_target(gradients[2], "grad_C", factors.C, h),
+                                   gradient_target(gradients[3], "grad_D", factors.D, h)};
+  const int64_t ranks = padded_ranks(factors), size = h_view.dtype == Dtype::float64 ? 8 : 4;
   Grid grid = grid_of(factors, 32);
   if (grid.units() == 0) return;
   while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
   const bool is_mixed = size == 8 && !is_wide(factors);
-  const PackedTensors packed(factors, is_wide(factors), !is_mixed);
-  std::optional<PackedTensors> wide_packed;
+  const PackedFactors packed(factors, is_wide(factors), !is_mixed);
+  std::optional<PackedFactors> wide_packed;
   if (is_mixed) wide_packed.emplace(factors, true, true);
+  GradientJob job = {weight_part, h_view, is_mixed ? wide_packed->view : packed.view, ste};
   job.weight_job.packed = packed.view;
-  job.wide_packed = is_mixed ? wide_packed->view : packed.view;
+  job.magnitude = targets.A.data != nullptr || targets.B.data != nullptr;
+  job.direction = targets.C.data != nullptr || targets.D.data != nullptr;
   const int64_t at_once = workspace / std::max<int64_t>(1, partial_size(grid, ranks) * size);  // without a rank: none
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
@@ -324,9 +335,27 @@ void factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor s
   }
 }
 
-void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A, Tensor B, Tensor C, Tensor D,
-                Tensor scale, std::optional<Tensor> bias, bool dither) {
-  const Factors factors = factors_of(A, B, C, D, scale);
+void factor_gradients(const Tensor& h, const std::vector<Tensor>& tensors, const std::vector<OptionalTensor>& gradients,
+                      int64_t estimator, double clip_bound, int64_t workspace) {
+  WeightJob no_weight = {};
+  no_weight.factors = factors_of(tensors);
+  STD_TORCH_CHECK(gradients.size() == 4, "gradients: got ", gradients.size(), ", expected those of A, B, C and D");
+  sweep(no_weight, h, gradients.data(), {static_cast<Estimator>(estimator), clip_bound}, workspace);
+}
+
+void weight_and_factor_gradients(const std::vector<OptionalTensor>& results, const OptionalTensor& weight,
+                                 const Tensor& h, const std::vector<Tensor>& tensors, const OptionalOrigin& dither,
+                                 int64_t estimator, double clip_bound, int64_t workspace) {
+  STD_TORCH_CHECK(results.size() == 5 && results[0].has_value(), "results: expected W and the gradients of A, B, C, D");
+  const Factors factors = factors_of(tensors);
+  const WeightJob weight_part = weight_job(matrix(results[0], "out"), weight, factors, dither);
+  check_shape(weight_part.out, "out", factors.B.rows, factors.A.cols);
+  sweep(weight_part, h, results.data() + 1, {static_cast<Estimator>(estimator), clip_bound}, workspace);
+}
+
+void few_tokens(const Tensor& out, const Tensor& input, const OptionalTensor& weight,
+                const std::vector<Tensor>& tensors, const OptionalTensor& bias, bool dither) {
+  const Factors factors = factors_of(tensors);
   const Matrix x = matrix(input, "input"), y = matrix(out, "out");
   Matrix bias_view;
   if (bias.has_value()) {
@@ -337,13 +366,14 @@ void few_tokens(Tensor out, Tensor input, std::optional<Tensor> weight, Tensor A
   check_shape(x, "input", x.rows, factors.A.cols);
   check_shape(y, "out", x.rows, factors.B.rows);
   STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64), "input: got ",
-                  name_of(input.scalar_type()), " with factors of ", name_of(A.scalar_type()),
+                  name_of(input.scalar_type()), " with factors of ", name_of(tensors[0].scalar_type()),
                   ", expected float64 for both or for neither");
   Matrix rounded;
   rounded.dtype = x.dtype;
   if (x.rows == 0) return;
-  TokenJob job = {weight_job(rounded, weight, factors, 0, 0, dither), x, y, bias_view};
-  const PackedTensors packed(factors, is_wide(factors), false);
+  const OptionalOrigin origin = dither ? OptionalOrigin({0, 0}) : std::nullopt;
+  TokenJob job = {weight_job(rounded, weight, factors, origin), x, y, bias_view};
+  const PackedFactors packed(factors, is_wide(factors), false);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = instruction_set().kernels;
   const int64_t rows = factors.B.rows,
@@ -359,22 +389,25 @@ std::string capability() { return instruction_set().name; }
 }  // namespace dual_lora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
+  // factors: A, B, C, D, scale; dither: where the block begins in the dither's field, none for rounding to nearest.
+  m.def("cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor[] factors, int[]? dither) -> ()");
   m.def(
-      "cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, "
-      "int row0, int col0, bool dither) -> ()");
+      "cpu_factor_gradients(Tensor h, Tensor[] factors, Tensor(a!)?[] gradients, int estimator, float clip_bound, "
+      "int workspace) -> ()");
+  // results: W, then the gradients of A, B, C and D.
   m.def(
-      "cpu_factor_gradients(Tensor h, Tensor A, Tensor B, Tensor C, Tensor D, Tensor scale, int estimator, "
-      "float clip_bound, Tensor(a!)? grad_A, Tensor(b!)? grad_B, Tensor(c!)? grad_C, Tensor(d!)? grad_D, "
-      "Tensor(e!)? out, Tensor? weight, int row0, int col0, bool dither, int workspace) -> ()");
+      "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor? weight, Tensor h, Tensor[] factors, "
+      "int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
   m.def(
-      "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor D, "
-      "Tensor scale, Tensor? bias, bool dither) -> ()");
+      "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor? weight, Tensor[] factors, Tensor? bias, bool dither) "
+      "-> ()");
   m.def("cpu_capability() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dual_lora_kernels, CPU, m) {
   m.impl("cpu_effective_weight", TORCH_BOX(&dual_lora::effective_weight));
   m.impl("cpu_factor_gradients", TORCH_BOX(&dual_lora::factor_gradients));
+  m.impl("cpu_weight_and_factor_gradients", TORCH_BOX(&dual_lora::weight_and_factor_gradients));
   m.impl("cpu_few_tokens", TORCH_BOX(&dual_lora::few_tokens));
 }
 

@@ -65,7 +65,7 @@ if os.environ.get("DUAL_LORA_SANITIZE"):
 
 PROBLEM = exact(4, 20, 30, 3, 2)
 DOUBLE, HALF = torch.float64, torch.float16
-COMMON: list[tuple[dict[str, Any], str]] = [
+FACTORS: list[tuple[dict[str, Any], str]] = [
     ({"A": torch.zeros(3, 30, 1)}, "A: got 3 dimensions, expected 2"),
     ({"C": torch.zeros(30)}, "C: got 1 dimensions, expected 2"),
     ({"A": torch.zeros(4, 30)}, r"B: got \[20, 3\], expected \[20, 4\]"),
@@ -75,26 +75,34 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"A": torch.zeros(3, 30, dtype=torch.int32)}, "A: got Int, expected float32"),
     ({"scale": torch.ones(2)}, "scale: got 2 elements"),
     ({"scale": torch.ones((), dtype=HALF)}, "scale: got Half"),
+]
+COMMON: list[tuple[dict[str, Any], str]] = [
+    *FACTORS,
     ({"weight": torch.zeros(20, 29)}, r"weight: got \[20, 29\], expected \[20, 30\]"),
     ({"weight": torch.zeros(0, 30)}, r"weight: got \[0, 30\], expected \[20, 30\]"),
     ({"weight": torch.zeros(20, 30, dtype=torch.complex64)}, "weight: got ComplexFloat"),
     ({"out": torch.zeros(20)}, "out: got 1 dimensions"),
     ({"out": torch.zeros(20, 30, dtype=torch.int64)}, "out: got Long"),
 ]
+GRADIENTS: list[tuple[dict[str, Any], str]] = [
+    ({"h": torch.zeros(20, 31)}, r"h: got \[20, 31\], expected \[20, 30\]"),
+    ({"h": torch.zeros(20, 30, dtype=torch.bfloat16)}, "h: got BFloat16, expected float32, or float64"),
+    ({"estimator": 3}, "estimator: got 3, expected 0, 1 or 2"),
+    *(
+        ({f"grad_{name}": torch.zeros(4, 5)}, rf"grad_{name}: got \[4, 5\], expected \[{n}, {k}\]")
+        for name, (n, k) in {"A": (3, 30), "B": (20, 3), "C": (2, 30), "D": (20, 2)}.items()
+    ),
+    ({"grad_D": torch.zeros(20, 2, dtype=DOUBLE)}, "grad_D: got Double, expected h's dtype, Float"),
+]
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
     "cpu_effective_weight": [*COMMON, ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]")],
-    "cpu_factor_gradients": [
+    "cpu_factor_gradients": [*FACTORS, *GRADIENTS],
+    "cpu_weight_and_factor_gradients": [
         *COMMON,
+        *GRADIENTS,
         ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]"),
         ({"out": torch.zeros(20, 0)}, r"out: got \[20, 0\], expected \[20, 30\]"),
-        ({"h": torch.zeros(20, 31)}, r"h: got \[20, 31\], expected \[20, 30\]"),
-        ({"h": torch.zeros(20, 30, dtype=torch.bfloat16)}, "h: got BFloat16, expected float32, or float64"),
-        ({"estimator": 3}, "estimator: got 3, expected 0, 1 or 2"),
-        *(
-            ({f"grad_{name}": torch.zeros(4, 5)}, rf"grad_{name}: got \[4, 5\], expected \[{n}, {k}\]")
-            for name, (n, k) in {"A": (3, 30), "B": (20, 3), "C": (2, 30), "D": (20, 2)}.items()
-        ),
-        ({"grad_D": torch.zeros(20, 2, dtype=DOUBLE)}, "grad_D: got Double, expected h's dtype, Float"),
+        ({"out": None}, "results: expected W and the gradients"),
     ],
     "cpu_few_tokens": [
         *COMMON,
@@ -108,17 +116,32 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
 
 
 def _arguments(operator: str, problem: Problem) -> dict[str, Any]:
-    """A valid call; what it writes is zero."""
-    shared = {"weight": problem.weight, **problem.factors._asdict(), "dither": True}
-    place = {"row0": 0, "col0": 0}
-    out = torch.zeros(20, 30)
-    if operator == "cpu_effective_weight":
-        return {"out": out, **shared, **place}
+    """What a valid call is about, by name; what it writes is zero."""
+    shared = {"weight": problem.weight, **problem.factors._asdict()}
     if operator == "cpu_few_tokens":
         return {"out": torch.zeros(4, 20), "input": problem.x, "bias": problem.bias, **shared}
+    if operator == "cpu_effective_weight":
+        return {"out": torch.zeros(20, 30), **shared}
     gradients = {f"grad_{name}": torch.zeros_like(getattr(problem, name)) for name in "ABCD"}
     options = {"h": torch.ones(20, 30), "estimator": 0, "clip_bound": 1.0, "workspace": 1 << 20}
-    return {"out": out, **shared, **place, **gradients, **options}
+    return {"out": torch.zeros(20, 30), **shared, **gradients, **options}
+
+
+def _call(operator: str, given: dict[str, Any]) -> None:
+    """The operator on these arguments, put into lists as it takes them."""
+    factors = [given[name] for name in ("A", "B", "C", "D", "scale")]
+    if operator == "cpu_few_tokens":
+        OPS.cpu_few_tokens(given["out"], given["input"], given["weight"], factors, given["bias"], True)
+    elif operator == "cpu_effective_weight":
+        OPS.cpu_effective_weight(given["out"], given["weight"], factors, (0, 0))
+    else:
+        gradients = [given[f"grad_{name}"] for name in "ABCD"]
+        options = (given["estimator"], given["clip_bound"], given["workspace"])
+        if operator == "cpu_factor_gradients":
+            OPS.cpu_factor_gradients(given["h"], factors, gradients, *options)
+        else:
+            results = [given["out"], *gradients]
+            OPS.cpu_weight_and_factor_gradients(results, given["weight"], given["h"], factors, (0, 0), *options)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +151,21 @@ def test_bad_arguments_are_named_before_anything_is_written(
     operator: str, change: dict[str, Any], message: str
 ) -> None:
     arguments = _arguments(operator, PROBLEM)
-    getattr(OPS, operator)(**arguments)  # as it is, it runs
+    _call(operator, arguments)  # as it is, it runs
     arguments = _arguments(operator, PROBLEM) | change
     with pytest.raises(RuntimeError, match=rf"(^|, ){message}"):
-        getattr(OPS, operator)(**arguments)
+        _call(operator, arguments)
     for name, value in arguments.items():
-        if name == "out" or name.startswith("grad_"):
+        if value is not None and (name == "out" or name.startswith("grad_")):
             assert not value.any(), name
+
+
+def test_lists_of_the_wrong_length_are_refused() -> None:
+    given = _arguments("cpu_factor_gradients", PROBLEM)
+    factors, gradients = list(PROBLEM.factors), [given[f"grad_{name}"] for name in "ABCD"]
+    with pytest.raises(RuntimeError, match="factors: got 4 tensors, expected A, B, C, D and the scale"):
+        OPS.cpu_effective_weight(given["out"], None, factors[:4], None)
+    with pytest.raises(RuntimeError, match="gradients: got 3, expected those of A, B, C and D"):
+        OPS.cpu_factor_gradients(given["h"], factors, gradients[:3], 0, 1.0, 1 << 20)
+    with pytest.raises(RuntimeError, match="dither: expected a row and a column"):
+        OPS.cpu_effective_weight(given["out"], None, factors, (0,))

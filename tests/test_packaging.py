@@ -98,7 +98,9 @@ def test_a_build_without_a_compiler(mode: str, succeeds: bool, message: str, tmp
 
 def test_make_rebuilds_and_cleans_what_is_compiled() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^\$\(VENV\)/\.installed:.*csrc/\*\.cpp csrc/\*\.h csrc/\*\.inc csrc/vectors/\*\.h", makefile, re.MULTILINE)
+    assert re.search(
+        r"^\$\(VENV\)/\.installed:.*csrc/\*\.cpp csrc/\*\.h csrc/\*\.inc csrc/vectors/\*\.h", makefile, re.MULTILINE
+    )
     assert {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.h")} == {
         "csrc",
         "csrc/vectors",

@@ -183,7 +183,7 @@ void run(const KernelTable& kernels, const Shape& shape, const Options& options,
   const Memory scratch(kernels.weight_scratch(job));
   for_each_unit(shape, options, [&](int64_t, Range range) { kernels.weight(job, range, scratch.data()); });
 
-  GradientJob gradient = {job, inputs.h.view, packed.view, options.estimator, 0.5, true, true};
+  GradientJob gradient = {job, inputs.h.view, packed.view, {options.estimator, 0.5}, true, true};
   gradient.weight_job.out = results.second.view;
   gradient.weight_job.streams = false;
   if (options.h == Dtype::float64) gradient.wide_packed = wide_packed.view;

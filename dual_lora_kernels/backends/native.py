@@ -20,7 +20,13 @@ from .interface import PANEL_UNIT, Estimator, Settings
 _PACKAGE = Path(__file__).parents[1]
 _FEW_TOKENS = 64
 """Tokens up to which W is multiplied in cache, row by row, instead of panel by panel (docs/decisions.md)."""
-_OPERATORS = ("cpu_capability", "cpu_effective_weight", "cpu_factor_gradients", "cpu_few_tokens")
+_OPERATORS = (
+    "cpu_capability",
+    "cpu_effective_weight",
+    "cpu_factor_gradients",
+    "cpu_weight_and_factor_gradients",
+    "cpu_few_tokens",
+)
 _ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
 """Numbers as in csrc/job.h."""
 
@@ -56,15 +62,13 @@ class NativeBackend:
         return workspace // 4  # partial sums of the factors' gradients
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        dithers = is_dithered(block.dtype, block.rounding)
-        _ops().cpu_effective_weight(out, block.load_base(out), *block.factors, *block.origin, dithers)
+        _ops().cpu_effective_weight(out, block.load_base(out), block.factors, _dither(block))
 
     def factor_gradients(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         budget, kind = self.temporaries(settings.workspace), _ESTIMATORS[estimator.kind]
-        targets = gradients[:4]
-        _ops().cpu_factor_gradients(h, *block.factors, kind, estimator.bound, *targets, None, None, 0, 0, False, budget)
+        _ops().cpu_factor_gradients(h, block.factors, gradients[:4], kind, estimator.bound, budget)
 
     def weight_and_factor_gradients(
         self,
@@ -76,10 +80,9 @@ class NativeBackend:
         settings: Settings,
     ) -> None:
         budget, kind = self.temporaries(settings.workspace), _ESTIMATORS[estimator.kind]
-        dithers, weight = is_dithered(block.dtype, block.rounding), block.load_base(out)
-        targets = gradients[:4]
-        _ops().cpu_factor_gradients(
-            h, *block.factors, kind, estimator.bound, *targets, out, weight, *block.origin, dithers, budget
+        results, weight = (out, *gradients[:4]), block.load_base(out)
+        _ops().cpu_weight_and_factor_gradients(
+            results, weight, h, block.factors, _dither(block), kind, estimator.bound, budget
         )
 
 
@@ -101,7 +104,7 @@ class NativeFewTokens:
     ) -> torch.Tensor:
         out = input.new_empty(input.shape[0], block.shape[0])
         dithers = is_dithered(block.dtype, block.rounding)
-        _ops().cpu_few_tokens(out, input, block.dense_base, *block.factors, bias, dithers)
+        _ops().cpu_few_tokens(out, input, block.dense_base, block.factors, bias, dithers)
         return out
 
     def token_product(self, *args: Any) -> None:
@@ -147,6 +150,11 @@ def _is_whole(library: Path) -> bool:
         file.seek(offset)
         sections = file.read(size * count)
     return len(sections) == size * count and any(sections[-size:])
+
+
+def _dither(block: Block) -> tuple[int, int] | None:
+    """Where the block begins in the dither's field; None where W is rounded to nearest."""
+    return block.origin if is_dithered(block.dtype, block.rounding) else None
 
 
 def _ops() -> Any:
