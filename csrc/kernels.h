@@ -71,7 +71,8 @@ DUAL_LORA_INLINE void store_gradients(const typename V::scalar* h, int64_t h_str
                                       const V (&q)[R][C], const GradientJob& job, typename V::scalar* grad_p,
                                       typename V::scalar* grad_q) {
   using T = typename V::scalar;
-  const V scale = V::set(static_cast<T>(job.weight_job.factors.scale)), bound = V::set(static_cast<T>(job.ste.clip_bound));
+  const V scale = V::set(static_cast<T>(job.weight_job.factors.scale)),
+          bound = V::set(static_cast<T>(job.ste.clip_bound));
   DUAL_LORA_UNROLL(i, R)
     DUAL_LORA_UNROLL(c, C) {
       const T* from = h + i * h_stride + c * V::lanes;

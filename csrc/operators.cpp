@@ -158,8 +158,9 @@ bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64;
 class PackedFactors {
  public:
   PackedFactors(const Factors& factors, bool wide, bool transposed)
-      : memory_(torch::stable::empty({size(factors, factors.A.rows, transposed) + size(factors, factors.C.rows, transposed)},
-                                     wide ? ScalarType::Double : ScalarType::Float)) {
+      : memory_(torch::stable::empty(
+            {size(factors, factors.A.rows, transposed) + size(factors, factors.C.rows, transposed)},
+            wide ? ScalarType::Double : ScalarType::Float)) {
     char* next = static_cast<char*>(memory_.data_ptr());
     for (const bool is_magnitude : {true, false}) {
       const int64_t rank = is_magnitude ? factors.A.rows : factors.C.rows, bytes = wide ? 8 : 4;
@@ -188,7 +189,6 @@ class PackedFactors {
 
   Tensor memory_;
 };
-
 
 // Outputs from this size on are written past the caches: reading their lines before they are overwritten made
 // generating W 1.3 times as long. Smaller ones are still there when the matrix product reads them.
@@ -305,10 +305,9 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
                   name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
   const int64_t estimator = static_cast<int64_t>(ste.estimator);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
-  const GradientTargets targets = {gradient_target(gradients[0], "grad_A", factors.A, h),
-                                   gradient_target(gradients[1], "grad_B", factors.B, h),
-                                   gradient_target(gradients[2], "grad_C", factors.C, h),
-                                   gradient_target(gradients[3], "grad_D", factors.D, h)};
+  const GradientTargets targets = {
+      gradient_target(gradients[0], "grad_A", factors.A, h), gradient_target(gradients[1], "grad_B", factors.B, h),
+      gradient_target(gradients[2], "grad_C", factors.C, h), gradient_target(gradients[3], "grad_D", factors.D, h)};
   const int64_t ranks = padded_ranks(factors), size = h_view.dtype == Dtype::float64 ? 8 : 4;
   Grid grid = grid_of(factors, 32);
   if (grid.units() == 0) return;

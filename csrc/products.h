@@ -68,15 +68,16 @@ inline void tile_column(const Pair<typename V::scalar>& magnitude, const Pair<ty
 }
 
 // Calls `sink` for every tile of columns first … last of the block that begins at the unit's row `block`; both are
-// multiples of V::lanes. Of the tiles that fit 32 vector registers, 4 × 3 vectors measured fastest.
+// multiples of V::lanes. Four vectors that are left make two tiles of two, rather than one of three and one of one.
 template <class V, class Sink>
 inline void for_each_tile(const Pair<typename V::scalar>& magnitude, const Pair<typename V::scalar>& direction,
                           int64_t block, int64_t rows, int64_t first, int64_t last, Sink&& sink) {
+  constexpr int R = V::tile_rows, C = V::tile_vectors;
   int64_t j = first;
-  for (; j + 3 * V::lanes <= last && last - j != 4 * V::lanes; j += 3 * V::lanes)
-    tile_column<V, 4, 3>(magnitude, direction, block, rows, j, sink);
-  for (; j + 2 * V::lanes <= last; j += 2 * V::lanes) tile_column<V, 4, 2>(magnitude, direction, block, rows, j, sink);
-  for (; j < last; j += V::lanes) tile_column<V, 4, 1>(magnitude, direction, block, rows, j, sink);
+  for (; j + C * V::lanes <= last && (C == 2 || last - j != 4 * V::lanes); j += C * V::lanes)
+    tile_column<V, R, C>(magnitude, direction, block, rows, j, sink);
+  for (; j + 2 * V::lanes <= last; j += 2 * V::lanes) tile_column<V, R, 2>(magnitude, direction, block, rows, j, sink);
+  for (; j < last; j += V::lanes) tile_column<V, R, 1>(magnitude, direction, block, rows, j, sink);
 }
 
 // sums[r, vector c] += Σ_i up[r, i] · block[i, vector c] for R values of r and C vectors.

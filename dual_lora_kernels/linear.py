@@ -114,8 +114,9 @@ class DualLoraLinear(nn.Module):
     """y = x (W0 + ΔW)ᵀ + b with ΔW = s · max(B A, 0) ⊙ sgn(D C), s = alpha / √(r1·r2).
 
     A drop-in for ``nn.Linear`` in training code (arXiv 2512.03402, section 3.1). Base weight and bias start frozen;
-    set their ``requires_grad`` to train them too. The factors start Gaussian, since P ≤ 0 stops both groups' gradients
-    and zeros would never leave zero; warm the scale up from near 0 with `DualLoraWarmup`.
+    set their ``requires_grad`` to train them too. The factors start as Gaussian noise. If they started at zero, no
+    gradient would ever reach them, since P ≤ 0 stops the gradients of both groups. The scale has to be warmed up from
+    near 0, with `DualLoraWarmup`.
 
     Args:
         in_features, out_features, bias: as ``nn.Linear``'s.

@@ -35,10 +35,10 @@ NOTES = (
     "rotating; a ratio is the median over rounds of the ratio within a round, since the machine is shared. "
     "Quartiles are in the JSON and the chart.",
     "Three products (the floor): X W0ᵀ, G W0, Gᵀ X. PEFT LoRA stays under it, as it never needs Gᵀ X.",
-    "Temporary MiB: the most bytes alive at once that the step allocated and released again: saved activations, "
-    "workspace, intermediates. Output, input gradient and adapter gradients are left out, from their allocation on, "
-    "and so are W0, X and G, which were there before. Measured in a pass of its own, from PyTorch's allocator; BLAS's "
-    "own buffers do not show.",
+    "Temporary MiB: the largest sum of memory that the step held at one moment and released again, such as saved "
+    "activations, workspace and intermediates. It does not count what the step returns (the output and the gradients) "
+    "or what existed before (W0, X and G). It comes from PyTorch's allocator, in a pass of its own, so buffers of the "
+    "BLAS library are not in it.",
 )
 
 

@@ -13,6 +13,7 @@ struct F32 {
   using scalar = float;
   static constexpr int lanes = 8;
   static constexpr int registers = 16;
+  static constexpr int tile_rows = 4, tile_vectors = 2;  // 4 × 3 spills (docs/decisions.md)
   __m256 v;
   static F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static F32 set(float x) { return {_mm256_set1_ps(x)}; }
@@ -30,6 +31,7 @@ struct F64 {
   using scalar = double;
   static constexpr int lanes = 4;
   static constexpr int registers = 16;
+  static constexpr int tile_rows = 4, tile_vectors = 2;
   __m256d v;
   static F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
   static F64 set(double x) { return {_mm256_set1_pd(x)}; }

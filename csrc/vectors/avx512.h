@@ -13,6 +13,7 @@ struct F32 {
   using scalar = float;
   static constexpr int lanes = 16;
   static constexpr int registers = 32;
+  static constexpr int tile_rows = 4, tile_vectors = 3;
   __m512 v;
   static F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static F32 set(float x) { return {_mm512_set1_ps(x)}; }
@@ -30,6 +31,7 @@ struct F64 {
   using scalar = double;
   static constexpr int lanes = 8;
   static constexpr int registers = 32;
+  static constexpr int tile_rows = 4, tile_vectors = 3;
   __m512d v;
   static F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static F64 set(double x) { return {_mm512_set1_pd(x)}; }

@@ -16,6 +16,7 @@ struct Lanes {
   using scalar = T;
   static constexpr int lanes = n;
   static constexpr int registers = 16;
+  static constexpr int tile_rows = 4, tile_vectors = 3;
   T v[n];
   static Lanes load(const T* p) {
     Lanes x;

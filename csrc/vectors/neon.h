@@ -12,6 +12,7 @@ struct F32 {
   using scalar = float;
   static constexpr int lanes = 4;
   static constexpr int registers = 32;
+  static constexpr int tile_rows = 4, tile_vectors = 3;
   float32x4_t v;
   static F32 load(const float* p) { return {vld1q_f32(p)}; }
   static F32 set(float x) { return {vdupq_n_f32(x)}; }
@@ -25,6 +26,7 @@ struct F64 {
   using scalar = double;
   static constexpr int lanes = 2;
   static constexpr int registers = 32;
+  static constexpr int tile_rows = 4, tile_vectors = 3;
   float64x2_t v;
   static F64 load(const double* p) { return {vld1q_f64(p)}; }
   static F64 set(double x) { return {vdupq_n_f64(x)}; }
