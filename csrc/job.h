@@ -95,8 +95,9 @@ inline constexpr int64_t kRankStep = 4;   // ranks that a product works on at a 
 // sets (generating W took 1.5 times as long).
 inline constexpr int64_t kStride = kUnitCols + 16;
 
-// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. Static, like all
-// that the kernels' files share: of inline functions the linker keeps one, with whatever instructions its file may use.
+// Ranks are stored padded with zeros, which change no sum, to whole vectors of any instruction set. These functions are
+// static, not inline: several files contain them, each compiled for another instruction set. Of an inline function the
+// linker would keep the copy of any one of these files, and another processor might not know its instructions.
 static constexpr int64_t padded_rank(int64_t rank) { return (rank + 15) / 16 * 16; }
 static constexpr int64_t stepped_rank(int64_t rank) { return (rank + kRankStep - 1) / kRankStep * kRankStep; }
 static constexpr int64_t padded_ranks(const Factors& factors) {

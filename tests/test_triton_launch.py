@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.compiler import host_cost
 from benchmarks.compiler.ahead_of_time import target
 from benchmarks.compiler.stand_in_driver import stand_in_driver
 from dual_lora_kernels.backends import Estimator, ParameterGradients
@@ -134,3 +135,10 @@ def test_kept_launches_are_bounded(launched: list[Any], monkeypatch: pytest.Monk
     for tokens in range(1, 9):
         _forward(gaussian(tokens, 64, 64, 16, 16, dtype=torch.bfloat16)).run()
         assert len(launch._kept) <= 3
+
+
+def test_a_steps_launches_are_counted() -> None:
+    """Fused, each of the three passes is one launch without a product of the vendor's; panels need several of both."""
+    assert host_cost.step_counts(256, 256, 4)[:2] == (3, 0)
+    launched, products, _ = host_cost.step_counts(4096, 4096, 8192)
+    assert launched > products > 3
