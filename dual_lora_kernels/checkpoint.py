@@ -1,4 +1,4 @@
-"""Saving and loading the adapter alone, and taking its tensors out of a model and putting them in."""
+"""Saving and loading the adapter without its base model, as files and as a state dict."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_dual_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load what `dual_lora_state_dict` returned into a model with the same Dual LoRA layers.
 
-    Values are cast to the dtype and moved to the device of the model's own tensors. Where those are on the meta device
-    (accelerate's ``init_empty_weights``), new parameters with the values take their place, beside the layer's weight,
-    or on the CPU while that is on the meta device too.
+    Values are cast to the dtype and moved to the device of the model's own tensors. Tensors on the meta device
+    (accelerate's ``init_empty_weights``) are replaced by new parameters with the loaded values. These are created on
+    the device of the layer's weight, or on the CPU if the weight is on the meta device too.
 
     Raises:
         ValueError: missing or unexpected names; shapes (ranks) that differ; values that are not floating-point, not
@@ -71,10 +71,11 @@ def load_dual_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor
 def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     """Write the adapters of `model` into `folder` (made if need be) and return it.
 
-    ``dual_lora_model.safetensors`` holds all that loading needs: `dual_lora_state_dict`, and each layer's settings in
-    its metadata. It takes the place of an older one in one step and is flushed to disk, so whatever happens to the
-    process or the machine, and whoever reads or saves at the same time, there is one whole adapter or the other.
-    ``dual_lora_config.json`` repeats the settings for people; loading does not follow changes made there, and warns.
+    ``dual_lora_model.safetensors`` holds all that loading needs: the tensors of `dual_lora_state_dict`, and in its
+    metadata the settings of each layer. It replaces an older file in one step and is flushed to disk. Whatever happens
+    to the process or the machine, and whoever reads or saves at the same time, the folder holds either the old adapter
+    or the new one, and never a part of one. ``dual_lora_config.json`` repeats the settings for people to read. Loading
+    ignores changes that are made there, with a warning.
 
     Both files get the permissions that the umask leaves. Where one of them or `folder` itself is a symbolic link, a
     file or folder takes the link's place, and what it pointed to (a cache, say) stays as it was; a folder does so in
@@ -107,8 +108,9 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
 def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """Load an adapter that `save_dual_lora` wrote and return `model`.
 
-    A plain model is adapted first, in place, with the saved settings; one that has Dual LoRA layers must have the same
-    ones with the same ranks, and keeps its own settings (the log says where they compute something else).
+    A plain model is first adapted in place, with the saved settings. A model that already has Dual LoRA layers must
+    have the same layers with the same ranks. It keeps its own settings, and the log says if these compute something
+    else than the saved ones.
 
     A model on the meta device (accelerate's ``init_empty_weights``) gets the adapter's values on the CPU, under a base
     that stays empty: load the adapter first, then the base by accelerate's ``load_checkpoint_and_dispatch``. With
@@ -137,7 +139,7 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
 def _saved_layers(
     model: nn.Module, configs: Mapping[str, DualLoraConfig]
 ) -> dict[str, tuple[nn.Module, DualLoraConfig]]:
-    """The layers of a plain model to which a saved adapter belongs. Raises ValueError where one cannot be adapted."""
+    """The layers of a plain model that a saved adapter is for. Raises ValueError if one of them cannot be adapted."""
     modules = {name: module for name, module in unwrapped(model).named_modules() if name}
     chosen = {}
     for name, config in configs.items():

@@ -12,7 +12,7 @@ import torch
 from .validation import check_dtype, check_hyperparameters
 
 ALL_LINEAR = "all-linear"
-"""`DualLoraConfig.target_modules` that means every adaptable linear layer but the output head."""
+"""The value of `DualLoraConfig.target_modules` that stands for every adaptable linear layer but the output head."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ _logger = logging.getLogger("dual_lora_kernels")
 def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     """Replace the layers that `config` names by `DualLoraLinear` in place, freeze the rest, and return `model`.
 
-    The base weights are shared with the replaced layers, not copied. Says on the package's logger what was matched.
+    The new layers share the base weights of the layers that they replace; nothing is copied. The package's logger says
+    which layers were matched.
 
     Raises:
-        ValueError: nothing matches, a name matches nothing, a named layer cannot be adapted, the model has Dual LoRA
-            or PEFT's layers already or parameters without a shape, or is a linear layer itself. Nothing has been
+        ValueError: `config` matches no layer, one of its names matches none, or a layer that it names cannot be
+            adapted; the model already has layers of Dual LoRA or PEFT, has parameters without a shape, or is a linear
+            layer itself. Nothing has been
             changed then.
     """
     if next(dual_lora_layers(model), None) is not None:
@@ -43,9 +45,9 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
 
 
 def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]]) -> None:
-    """Put an adapted layer in the place of each chosen one and freeze everything but the adapters.
+    """Replace each chosen layer by an adapted one and freeze everything but the adapters.
 
-    All are built before the first is put in place.
+    Every layer is built before the first one is replaced.
     """
     built: dict[int, DualLoraLinear] = {}
     for module, config in chosen.values():
@@ -56,7 +58,7 @@ def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]])
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put new modules in the place of old ones (by identity), at every name at which they stand."""
+    """Replace modules, found by identity, under every name that the model has for them."""
     inner = unwrapped(model)
     for name, module in list(inner.named_modules(remove_duplicate=False)):
         if id(module) in new:
@@ -67,11 +69,11 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 def merge_dual_lora(model: nn.Module) -> nn.Module:
     """Replace every `DualLoraLinear` in place by a plain layer with the merged weight, and return `model`.
 
-    The plain layer is an ``nn.Linear``, or transformers' Conv1D where that was adapted, so the state has the names and
-    shapes of the original model's. Weights are merged in their own storage, block by block; one that shares memory with
-    another tensor of the model is copied first, so no other tensor changes. Layers that are merged already keep their
-    merged weights, and what shares their memory gets its own values back. Gradients stay off for the merged weights as
-    they were.
+    The plain layer is an ``nn.Linear``, or transformers' Conv1D where one was adapted. The state dict therefore has the
+    names and shapes of the original model's. Weights are merged in their own storage, block by block. A weight that
+    shares memory with another tensor of the model is copied first, so no other tensor changes. A layer that is merged
+    already keeps its merged weight, and tensors that share its memory get their own values back. Merged weights require
+    a gradient only if they did before.
 
     Raises:
         ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
@@ -106,7 +108,7 @@ def _copied(weight: nn.Parameter) -> nn.Parameter:
 
 
 def _plain(layer: DualLoraLinear, weight: nn.Parameter) -> nn.Module:
-    """A plain layer of `layer`'s kind with the weight, in the orientation of `layer`'s, and `layer`'s bias."""
+    """A plain layer of `layer`'s kind, with this weight, which is oriented like `layer`'s, and with `layer`'s bias."""
     if layer.transposed:
         from transformers.pytorch_utils import Conv1D  # the layer came from there
 

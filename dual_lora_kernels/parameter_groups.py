@@ -18,8 +18,8 @@ def dual_lora_parameter_groups(
     Args:
         lr: learning rate of the magnitude group (A, B) and of whatever else trains.
         direction_lr: learning rate of the direction group (C, D); default `lr`.
-        weight_decay: of the other trainable parameters only. Decay pulls P towards zero, where both groups' gradients
-            stop, and cannot change sgn(Q), so the factors are left out.
+        weight_decay: weight decay of the other trainable parameters. The factors get none: decay would pull P towards
+            zero, where the gradients of both groups stop, and cannot change sgn(Q).
 
     Returns:
         Up to three groups named ``"magnitude"``, ``"direction"`` and ``"other"``, each with its ``lr`` and

@@ -21,11 +21,11 @@ _MOST_NAMED = 12
 def find_targets(
     model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers to adapt by name, and those that ``"all-linear"`` left alone with the reason.
+    """The layers to adapt, by name, and the reasons why ``"all-linear"`` leaves others alone, by name.
 
-    A module that stands at several places in the model comes under each of its names. Raises ValueError where nothing
-    matches, where a listed name matches nothing, where a layer asked for by name cannot be adapted, and where PEFT has
-    adapted the model.
+    A module that occurs at several places in the model is returned under each of its names. Raises ValueError if no
+    layer matches, if a listed name matches no layer, if a layer that is asked for by name cannot be adapted, or if PEFT
+    has adapted the model.
     """
     _refuse_peft(model)
     modules = {
@@ -87,10 +87,11 @@ def _names_it(target: str, name: str) -> bool:
 
 
 def shared_weights(model: nn.Module) -> set[int]:
-    """Identities of parameters that more than one module of `model` owns, or whose memory is not an element's alone.
+    """Identities of parameters that more than one module of `model` owns, or that share memory.
 
-    Tied weights are one parameter at first; ``load_state_dict(assign=True)`` makes two views of one storage of them.
-    Views that interleave without an element in common count as shared too, and so do tensors that overlap themselves.
+    Tied weights are one parameter at first, but ``load_state_dict(assign=True)`` turns them into two views of one
+    storage. Views that interleave without a common element also count as shared, and so do tensors whose own elements
+    overlap.
     """
     tensors = [
         tensor
@@ -111,7 +112,7 @@ def shared_weights(model: nn.Module) -> set[int]:
 
 
 def _is_addressed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has elements at addresses that can be looked up."""
+    """Whether the addresses of a tensor's elements can be looked up."""
     if is_lazy(tensor) or tensor.is_meta or type(tensor.data) is not torch.Tensor:
         return False
     return tensor.layout == torch.strided and tensor.numel() > 0

@@ -1,4 +1,4 @@
-"""Linear warm-up of the update's scale: without it, the paper reports collapse."""
+"""Linear warm-up of the update's scale. Without it training collapses, as the paper reports."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .validation import check_positive_int
 class DualLoraWarmup:
     """Raises every Dual LoRA layer's scale linearly to alpha/√(r1·r2) over the first `steps` optimiser steps.
 
-    The factor during step t (from 0) is min(1, (t + 1)/steps); adopters use 20 to 50 steps. The scales are changed in
-    place, so a compiled model does not recompile. ::
+    During step t, counted from 0, the scale is multiplied by min(1, (t + 1)/steps). Adopters use 20 to 50 steps. The
+    scales are changed in place, so a compiled model does not recompile. ::
 
         warmup = DualLoraWarmup(model, steps=50)
         for batch in data:
@@ -38,7 +38,7 @@ class DualLoraWarmup:
         return min(1.0, (self._step + 1) / self.steps)
 
     def step(self) -> None:
-        """Go on by one optimiser step."""
+        """Advance by one optimiser step."""
         self.set_step(self._step + 1)
 
     def set_step(self, step: int) -> None:

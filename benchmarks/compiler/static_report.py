@@ -50,16 +50,16 @@ ACCEPTED_SPILLS = {
 }
 """Chip, kernel and tile → spills that the shapes without them are not worth."""
 
-_H100_PROCESSORS = 132
-_H100_LANES = 128  # a processor issues one instruction to each of 4 schedulers × 32 lanes per cycle
+_H100_SMS = 132
+_H100_LANES = 128  # an SM issues one instruction to each of 4 schedulers × 32 lanes per cycle
 _H100_CLOCK = 1.755e9
 _H100_BANDWIDTH = 3.0e12  # bytes per second, as copies reach it
 _READ_BYTES = 2  # per element of W0 in bf16; writing W takes as many
-ISSUE_SLOTS_PER_BYTE = _H100_PROCESSORS * _H100_LANES * _H100_CLOCK / _H100_BANDWIDTH
+ISSUE_SLOTS_PER_BYTE = _H100_SMS * _H100_LANES * _H100_CLOCK / _H100_BANDWIDTH
 """Lane-instructions that an H100 issues while its memory moves one byte."""
 
 _SCHEDULERS = 4
-_H100_BF16_FMA = 2048  # per processor and cycle
+_H100_BF16_FMA = 2048  # per SM and cycle
 _H100_TF32_FMA = 1024
 _TF32_PRODUCTS = 3  # of split fp32 factors
 
@@ -151,7 +151,7 @@ def measure(case: Case) -> Row:
 
 
 def tensor_cycles(kernel: str, shape: ProductShape, factor_dtype: torch.dtype, rank: int) -> float:
-    """Cycles that an H100 processor's tensor cores need for one step of a fused kernel in 16 bits."""
+    """Cycles that the tensor cores of one of an H100's SMs need for one step of a fused kernel in 16 bits."""
     cycles = shape.block_m * shape.block_n * shape.block_k / _H100_BF16_FMA
     if kernel == "token_product":
         return cycles  # the factors come after its loop
