@@ -89,16 +89,6 @@ inline void store_tile(const V (&values)[R][C], typename V::scalar* block) {
     DUAL_LORA_UNROLL(c, C) values[i][c].store(block + i * kStride + c * V::lanes);
 }
 
-// Adds a chunk's contribution to the sums of a pair, `down` [rank, kStride] and `up` [rows, ranks]. Of its columns,
-// padded to whole vectors, `present` are the job's: in the others P may be 0 · ∞.
-template <class H>
-inline void contract(const typename H::scalar* grad, int64_t block, int64_t rows, int64_t col, int64_t cols,
-                     int64_t present, const Pair<typename H::scalar>& pair, typename H::scalar* down,
-                     typename H::scalar* up, int64_t ranks) {
-  sum_over_rows<H>(grad + col, rows, cols, pair.up_block(block), stepped_rank(pair.rank), down + col);
-  sum_over_columns<H>(grad + col, rows, present, pair.down_t + col * padded_rank(pair.rank), pair.rank, up, ranks);
-}
-
 template <class V, class H>
 void gradient_kernel(const GradientJob& job, Range range, const Partials& partials, void* memory) {
   using T = typename H::scalar;
@@ -151,12 +141,17 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
             store_gradients(h + i * h_stride + j, h_stride, p, q, job, work.grad_p + place, work.grad_q + place);
           }
       }
+      // Of the chunk's columns, padded to whole vectors, only `present` are the job's: in the others P may be 0 · ∞.
       const int64_t present = smaller(stop, range.cols) - chunk;
-      if (job.magnitude)
-        contract<H>(work.grad_p, start, rows, chunk, stop - chunk, present, wide_magnitude, work.down, work.up, ranks);
-      if (job.direction)
-        contract<H>(work.grad_q, start, rows, chunk, stop - chunk, present, wide_direction,
-                    work.down + magnitude_rank * kStride, work.up + magnitude_rank, ranks);
+      // Adds the chunk's contribution to the sums of a pair, whose ranks begin at `first` among both pairs'.
+      const auto contract = [&](const T* grad, const Pair<T>& pair, int64_t first) {
+        sum_over_rows<H>(grad + chunk, rows, stop - chunk, pair.up_block(start), stepped_rank(pair.rank),
+                         work.down + first * kStride + chunk);
+        sum_over_columns<H>(grad + chunk, rows, present, pair.down_t + chunk * padded_rank(pair.rank), pair.rank,
+                            work.up + first, ranks);
+      };
+      if (job.magnitude) contract(work.grad_p, wide_magnitude, 0);
+      if (job.direction) contract(work.grad_q, wide_direction, magnitude_rank);
     }
     if (writes_weight) work.block.end();
     for (int64_t i = 0; i < rows * ranks; ++i) up[start * ranks + i] = work.up[i];
