@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def _mix(u: int) -> int:
-    """The hash of DESIGN section 3 on Python integers."""
+    """`mix` of docs/numerics.md on Python integers."""
     u ^= u >> 16
     u = u * 0x21F0AAAD % 2**32
     u ^= u >> 15

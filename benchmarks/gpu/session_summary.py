@@ -23,7 +23,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 
 def goals(records: Records, layers: Sequence[tuple[int, int]] = LLAMA_8B) -> list[dict[str, Any]]:
-    """DESIGN section 7's goals for GPUs: the worst value measured of each, and ``pass``, ``short`` or ``not measured``.
+    """The goals on a GPU (docs/architecture.md): the worst value of each, and ``pass``, ``short`` or ``not measured``.
 
     A device's time is a replayed graph's; with plain launches it includes what Python and PyTorch take to launch.
     """
