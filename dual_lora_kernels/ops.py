@@ -123,11 +123,8 @@ def gradients_kernel(
     dtype = block.factors.A.dtype
     backend = resolve_backend(call.backend, grad.device, grad.dtype, dtype)
     wide = accumulation_dtype(torch.promote_types(grad.dtype, dtype))
-    A, B, C, D = (
-        torch.zeros_like(f, dtype=wide) if want else None for f, want in zip(factors[:4], wanted[1:5], strict=True)
-    )
     grad_weight = _weight_gradient(grad, weight) if wanted[5] else None
-    gradients = ParameterGradients(A, B, C, D, grad_weight)
+    gradients = ParameterGradients.zeros(block.factors, wanted[1:5], wide)._replace(weight=grad_weight)
     rows = None if input is None else _dense(input)
     estimator = Estimator(ste, clip_bound)
     grad_input = passes.gradients(_dense(grad), rows, wanted[0], block, estimator, gradients, backend, call.settings)

@@ -9,24 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .backends import PANEL_UNIT, Backend, Block, Estimator, ParameterGradients, Settings, SharedProducts
+from .backends import Backend, Block, Estimator, ParameterGradients, Settings, SharedProducts
+from .panel_split import Panels, longest, split, total_waves, waves_for
 from .precision import accumulation_dtype
-
-Panels = list[tuple[int, int]]
-"""(first line, line after the last) of each panel."""
-
-
-def split(extent: int, bytes_per_line: int, budget: int, unit: int = PANEL_UNIT) -> Panels:
-    """Split `extent` lines into as few, nearly equal panels of at most `budget` bytes as possible.
-
-    They start at multiples of `unit` lines where that many fit, else of `PANEL_UNIT`, else anywhere.
-    """
-    largest = max(1, budget // max(1, bytes_per_line))
-    unit = next(lines for lines in (unit, PANEL_UNIT, 1) if lines <= largest)
-    units = -(-extent // unit)
-    count = -(-units // (largest // unit))
-    starts = [units * i // count * unit for i in range(count)]
-    return list(zip(starts, [*starts[1:], extent], strict=True)) if count else []
 
 
 def forward(
@@ -37,8 +22,9 @@ def forward(
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
-    panels = split(out_features, in_features * x.itemsize, _budget(backend, settings), backend.panel_unit)
-    buffer = x.new_empty(_longest(panels), in_features)
+    waves = waves_for(x.device, x.shape[0])
+    panels = split(out_features, in_features * x.itemsize, _budget(backend, settings), backend.panel_unit, waves)
+    buffer = x.new_empty(longest(panels), in_features)
     for start, stop in panels:
         panel = buffer[: stop - start]
         backend.effective_weight(panel, block.rows(start, stop), settings)
@@ -55,10 +41,11 @@ def input_gradient(grad: torch.Tensor, block: Block, backend: Backend, settings:
     grad_x = grad.new_empty(grad.shape[0], in_features)
     if grad.shape[0] == 0:
         return grad_x
-    panels = split(in_features, out_features * grad.itemsize, _budget(backend, settings), backend.panel_unit)
-    buffer = grad.new_empty(_longest(panels) * out_features)
+    waves = waves_for(grad.device, grad.shape[0])
+    panels = split(in_features, out_features * grad.itemsize, _budget(backend, settings), backend.panel_unit, waves)
+    buffer = grad.new_empty(longest(panels) * out_features)
     for start, stop in panels:
-        panel = _columns(buffer, out_features, stop - start)
+        panel = _panel(buffer, out_features, stop - start)
         backend.effective_weight(panel, block.columns(start, stop), settings)
         torch.mm(grad, panel, out=grad_x[:, start:stop])
     return grad_x
@@ -73,21 +60,27 @@ def parameter_gradients(
     backend: Backend,
     settings: Settings,
 ) -> None:
-    """Accumulate the factors' gradients, and write ∂W0 = H where it is wanted, over row panels of H = Gᵀ X.
+    """Accumulate the factors' gradients, and write ∂W0 = H where it is wanted, over panels of H = Gᵀ X.
 
-    Each panel of H is complete over all M tokens before it is used, as the clipping estimator needs.
+    Row panels, or column panels where these fill the device's compute units better. Each panel of H is complete over
+    all M tokens before it is used, as the clipping estimator needs.
     """
-    out_features, in_features = block.shape
     dtype, cast_budget, budget = _token_product_budget(x, block, backend, settings)
-    panels = split(out_features, in_features * dtype.itemsize, budget, backend.panel_unit)
-    buffer = x.new_empty((_longest(panels), in_features), dtype=dtype)
+    panels, by_rows = _token_product_panels(x.device, block.shape, dtype.itemsize, budget, backend.panel_unit)
+    extent = block.shape[1] if by_rows else block.shape[0]
+    buffer = x.new_empty(longest(panels) * extent, dtype=dtype)
     for start, stop in panels:
-        h, part = buffer[: stop - start], gradients.rows(start, stop)
-        _token_product(grad[:, start:stop], x, h, cast_budget)
+        if by_rows:
+            own, part, h = block.rows(start, stop), gradients.rows(start, stop), _panel(buffer, stop - start, extent)
+            _token_product(grad[:, start:stop], x, h, cast_budget)
+        else:
+            own, part = block.columns(start, stop), gradients.columns(start, stop)
+            h = _panel(buffer, extent, stop - start)
+            _token_product(grad, x[:, start:stop], h, cast_budget)
         if part.weight is not None:
             part.weight.copy_(h)
         if part.factors_wanted:
-            backend.factor_gradients(h, block.rows(start, stop), estimator, part, settings)
+            backend.factor_gradients(h, own, estimator, part, settings)
 
 
 def gradients(
@@ -110,10 +103,10 @@ def gradients(
     bytes_each = dtype.itemsize + (0 if is_shared else grad.itemsize)
     panels = split(in_features, out_features * bytes_each, budget, backend.panel_unit)
     grad_x = grad.new_empty(grad.shape[0], in_features)
-    h_buffer = x.new_empty(_longest(panels) * out_features, dtype=dtype)
-    w_buffer = h_buffer if is_shared else grad.new_empty(_longest(panels) * out_features)
+    h_buffer = x.new_empty(longest(panels) * out_features, dtype=dtype)
+    w_buffer = h_buffer if is_shared else grad.new_empty(longest(panels) * out_features)
     for start, stop in panels:
-        h, w = (_columns(buffer, out_features, stop - start) for buffer in (h_buffer, w_buffer))
+        h, w = (_panel(buffer, out_features, stop - start) for buffer in (h_buffer, w_buffer))
         part = gradients.columns(start, stop)
         _token_product(grad, x[:, start:stop], h, cast_budget)
         if part.weight is not None:
@@ -144,16 +137,12 @@ def first_overflow(weight: torch.Tensor, block: Block, backend: Backend, setting
 
 
 def _budget(backend: Backend, settings: Settings) -> int:
-    """Bytes of the workspace for panels."""
-    return settings.workspace - backend.temporaries(settings.workspace)
+    """Bytes of the workspace for panels of W."""
+    return settings.workspace - backend.weight_temporaries(settings.workspace)
 
 
-def _longest(panels: Panels) -> int:
-    return max(stop - start for start, stop in panels)
-
-
-def _columns(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """A panel of `columns` columns at the start of a buffer, its rows without gaps."""
+def _panel(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A panel of rows × columns at the start of a buffer, its rows without gaps."""
     return buffer[: rows * columns].view(rows, columns)
 
 
@@ -162,9 +151,24 @@ def _token_product_budget(
 ) -> tuple[torch.dtype, int, int]:
     """(dtype of H, bytes for operands cast to it, bytes for panels)."""
     dtype = accumulation_dtype(torch.promote_types(x.dtype, block.factors.A.dtype))
-    budget = _budget(backend, settings)
+    budget = settings.workspace - backend.gradient_temporaries(settings.workspace, block.factors)
     cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
     return dtype, cast_budget, budget - cast_budget
+
+
+def _token_product_panels(
+    device: torch.device, shape: tuple[int, int], itemsize: int, budget: int, unit: int
+) -> tuple[Panels, bool]:
+    """(panels of H, whether they are rows): columns only where their products take fewer waves."""
+    rows, columns = shape
+    row_waves, column_waves = waves_for(device, columns), waves_for(device, rows)
+    by_rows = split(rows, columns * itemsize, budget, unit, row_waves)
+    if row_waves is None or column_waves is None:
+        return by_rows, True
+    by_columns = split(columns, rows * itemsize, budget, unit, column_waves)
+    if total_waves(by_columns, column_waves) < total_waves(by_rows, row_waves):
+        return by_columns, False
+    return by_rows, True
 
 
 def _product_reaches(x: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_lora_kernels import dual_lora_merge_, panels, reference, set_strategy, set_workspace_bytes, settings, strategy
+from dual_lora_kernels import dual_lora_merge_, reference, set_strategy, set_workspace_bytes, settings, strategy
 from dual_lora_kernels.backends import Backend, Block, Settings, resolve_backend
 from dual_lora_kernels.runtime_settings import current_settings
 from dual_lora_kernels.self_check.problems import (
@@ -195,16 +195,3 @@ def test_sums_are_deterministic(device: torch.device, backend: str, small_worksp
         set_workspace_bytes(4 * small_workspace)
     for first, second in zip(_passes(problem, backend), _passes(problem, backend), strict=True):
         assert torch.equal(first, second)
-
-
-@given(extent=st.integers(1, 5000), bytes_per_line=st.integers(1, 4000), budget=st.integers(1, 100_000))
-def test_panels_cover_once_within_the_budget(extent: int, bytes_per_line: int, budget: int) -> None:
-    ranges = panels.split(extent, bytes_per_line, budget)
-    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
-    assert ranges[-1][1] == extent
-    sizes = [stop - start for start, stop in ranges]
-    assert max(sizes) * bytes_per_line <= max(budget, bytes_per_line)
-    unit = 64 if budget // bytes_per_line >= 64 else 1
-    assert all(start % unit == 0 for start, _ in ranges)
-    assert max(sizes) - min(sizes) < 2 * unit  # a unit, and what the last one lacks
-    assert len(ranges) == -(-extent // (max(1, budget // bytes_per_line) // unit * unit))

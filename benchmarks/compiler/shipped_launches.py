@@ -70,8 +70,7 @@ class Case:
         shape = self.shape
         if isinstance(shape, ProductShape):
             return f"{shape.block_m}×{shape.block_n}×{shape.block_k}"
-        columns = f"{shape.columns}·{shape.column_tiles}" if shape.column_tiles > 1 else f"{shape.columns}"
-        return f"{shape.rows}×{columns}"
+        return f"{shape.rows}×{shape.columns}"
 
     @property
     def name(self) -> str:
@@ -105,7 +104,7 @@ class Case:
         wide = accumulation_dtype(compute)
         if self.kernel == "factor_gradients":
             assert isinstance(self.shape, PanelShape)
-            partials = self._partials(self.shape.rows, self.shape.columns * self.shape.column_tiles, wide)
+            partials = self._partials(self.shape.rows, self.shape.columns, wide)
             h = _meta(rows, columns, dtype=wide)
             return launches.factor_gradients(h, block, estimator, gradients, partials, self.shape, chip)
         assert isinstance(self.shape, ProductShape)
@@ -113,11 +112,11 @@ class Case:
         return launches.token_product(outputs, inputs, factors, estimator, gradients, partials, self.shape, chip)
 
     def _partials(self, tile_rows: int, tile_columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial sums: up [column tiles, rows, r1 + r2], down [row tiles, r1 + r2, columns]."""
+        """Partial sums: up [column tiles, rows, r1 + r2], down [row tiles, columns, r1 + r2]."""
         (rows, columns), ranks = self.weight, 2 * self.rank
         return (
             _meta(launches.ceil_div(columns, tile_columns), rows, ranks, dtype=dtype),
-            _meta(launches.ceil_div(rows, tile_rows), ranks, columns, dtype=dtype),
+            _meta(launches.ceil_div(rows, tile_rows), columns, ranks, dtype=dtype),
         )
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dual_lora_kernels import dual_lora_linear, panels
+from dual_lora_kernels import dual_lora_linear, panel_split
 from dual_lora_kernels.backends import (
     Backend,
     Block,
@@ -114,7 +114,8 @@ def part_functions(
     estimator = Estimator("clip", 1.0)
     sums = ParameterGradients(*(torch.zeros_like(factor) for factor in factors[:4]))
     settings = current_settings()
-    width = panels.split(size, size * 4, settings.workspace - backend.temporaries(settings.workspace))[0][1]
+    budget = settings.workspace - backend.gradient_temporaries(settings.workspace, factors)
+    width = panel_split.split(size, size * 4, budget)[0][1]
     copy, h = torch.empty_like(weight), torch.empty(size, size)
     panel = torch.empty(width * size)
     torch.mm(grad.t(), x, out=h)

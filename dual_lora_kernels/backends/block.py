@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,19 @@ class ParameterGradients(NamedTuple):
     C: torch.Tensor | None
     D: torch.Tensor | None
     weight: torch.Tensor | None = None
+
+    @classmethod
+    def zeros(cls, factors: Factors, wanted: Sequence[bool], dtype: torch.dtype) -> ParameterGradients:
+        """Zeros for those of A, B, C, D that are wanted."""
+        gradients = cls(
+            *(
+                torch.empty_like(each, dtype=dtype) if want else None
+                for each, want in zip(factors, wanted, strict=False)
+            )
+        )
+        if gradients.factors_wanted:
+            torch._foreach_zero_([each for each in gradients if each is not None])  # one launch on a GPU, not four
+        return gradients
 
     def rows(self, start: int, stop: int) -> ParameterGradients:
         """The gradients of rows start … stop of the block."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..rounding import column_hashes, dither_, is_dithered, row_hashes
-from .block import Block, ParameterGradients
+from .block import Block, Factors, ParameterGradients
 from .grid import TILE, RankProducts, parts, tile_count
 from .interface import Estimator, FusedPasses, Settings, SharedProducts
 
@@ -37,9 +37,12 @@ class EagerBackend:
     def why_not_auto(self, device: torch.device) -> str | None:
         return None
 
-    def temporaries(self, workspace: int) -> int:
+    def weight_temporaries(self, workspace: int) -> int:
         # Fewer, larger parts beat parts that fit in an L2 cache: 1.4 against 1.7 floors a step (docs/decisions.md).
         return workspace // 2
+
+    def gradient_temporaries(self, workspace: int, factors: Factors) -> int:
+        return self.weight_temporaries(workspace)
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         weight = block.load_base(out)
@@ -90,7 +93,7 @@ class EagerBackend:
         self, like: torch.Tensor, block: Block, dtype: torch.dtype, settings: Settings
     ) -> tuple[int, torch.Tensor, torch.Tensor]:
         """How many tiles of a block may be taken at a time, and room for P and Q of as many, on `like`'s device."""
-        most = max(1, self.temporaries(settings.workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
+        most = max(1, self.weight_temporaries(settings.workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
         tiles = min(most, tile_count(block.origin, like.shape))
         p, q = (like.new_empty(tiles * TILE * TILE, dtype=dtype) for _ in range(2))
         return most, p, q

@@ -107,8 +107,11 @@ class Backend(Protocol):
     def why_not_auto(self, device: torch.device) -> str | None:
         """Why ``"auto"`` leaves the backend to users who name it; None if it may choose it for `device`."""
 
-    def temporaries(self, workspace: int) -> int:
-        """Bytes of the workspace that the primitives need for themselves, besides the block they read or write."""
+    def weight_temporaries(self, workspace: int) -> int:
+        """Bytes of the workspace that `effective_weight` needs for itself, besides the block that it writes."""
+
+    def gradient_temporaries(self, workspace: int, factors: Factors) -> int:
+        """Bytes of the workspace that `factor_gradients` needs for itself, besides H; so do shared products."""
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         """Write W = round(W0 + ΔW) into `out` [n, k], of the block's dtype and any strides.

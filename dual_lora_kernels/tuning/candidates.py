@@ -15,9 +15,9 @@ CLASS_TOKENS = {16: 16, 64: 64, 128: 128, None: 512}
 
 # rows, columns, warps: W is written once, so there is no loop to pipeline
 _WEIGHT = ((32, 128, 4), (64, 64, 4), (64, 128, 8), (128, 64, 4), (128, 128, 8), (32, 256, 4), (64, 256, 8))
-# rows, columns, tiles of columns, warps, stages
+# rows, columns, warps, stages, programs to an SM or CU
 _GRADIENTS = (
-    (64, 64, 8, 4, 2), (32, 64, 8, 4, 2), (64, 128, 4, 8, 2), (128, 64, 4, 8, 2), (32, 128, 4, 4, 2), (64, 64, 4, 4, 1),
+    (64, 64, 4, 1, 2), (64, 64, 4, 2, 2), (64, 32, 4, 1, 3), (128, 64, 8, 1, 1), (128, 32, 4, 1, 2), (64, 64, 4, 1, 4),
 )  # fmt: skip
 # block M, N, K, warps, stages
 _PRODUCTS: dict[int | None, tuple[tuple[int, int, int, int, int], ...]] = {
@@ -81,8 +81,7 @@ def candidates(slot: Slot, shapes: Shapes) -> list[Shape]:
         found += [PanelShape(rows, columns, warps, stages=1) for rows, columns, warps in _WEIGHT]
     elif slot.kernel == "factor_gradients":
         found += [
-            PanelShape(rows, columns, warps, stages, column_tiles=tiles)
-            for rows, columns, tiles, warps, stages in _GRADIENTS
+            PanelShape(rows, columns, warps, stages, programs) for rows, columns, warps, stages, programs in _GRADIENTS
         ]
     else:
         grid = _TOKEN_PRODUCT if slot.kernel == "token_product" else _PRODUCTS[slot.up_to]

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ..block import Block, ParameterGradients
+from ..block import Block, Factors, ParameterGradients
 from ..interface import PANEL_UNIT, Estimator, FusedPasses, Settings, SharedProducts
 
 LEAST_TRITON = (3, 6)
@@ -46,9 +46,14 @@ class TritonBackend:
     def why_not_auto(self, device: torch.device) -> str | None:
         return "Triton's interpreter is for tests" if device.type == "cpu" else None
 
-    def temporaries(self, workspace: int) -> int:
-        # Partial sums of the factor gradients, about half of H's bytes at r1 = r2 = 16; generating W needs none.
-        return workspace // 4
+    def weight_temporaries(self, workspace: int) -> int:
+        return 0
+
+    def gradient_temporaries(self, workspace: int, factors: Factors) -> int:
+        # Partial sums: (r1 + r2) / 64 of H's bytes for ∂A and ∂C where a tile has 64 rows, and less for ∂B and ∂D. A
+        # smaller share than they would like cuts a panel's launches in two, a smaller panel leaves compute units idle.
+        share = sum(factors.ranks) / 48
+        return int(workspace * min(0.5, share / (1 + share)))
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         from . import execute
@@ -60,7 +65,8 @@ class TritonBackend:
     ) -> None:
         from . import execute
 
-        execute.factor_gradients(h, block, estimator, gradients, self.temporaries(settings.workspace))
+        budget = self.gradient_temporaries(settings.workspace, block.factors)
+        execute.factor_gradients(h, block, estimator, gradients, budget)
 
 
 @cache

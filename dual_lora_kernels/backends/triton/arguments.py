@@ -71,9 +71,23 @@ class Constants(NamedTuple):
     has_bias: bool = False
     # The factors' gradients
     block_rank: int = 0
-    column_tiles: int = 1
+    one_slice: bool = False
+    """A program's slice holds all ranks of both products, in blocks of `block_rank`."""
+    contraction: Any = None
+    """The type of the operands of products with ∂P and ∂Q."""
     ste: str = ""
     clip_bound: float = 0.0
     want_magnitude: bool = False
     want_direction: bool = False
     contraction_precision: str = "ieee"
+
+
+class SumConstants(NamedTuple):
+    """What the sum of partial gradients is compiled for: a tile of rows or columns and ranks, and what is wanted."""
+
+    block_lines: int
+    block_rank: int
+    want_A: bool
+    want_B: bool
+    want_C: bool
+    want_D: bool

@@ -6,6 +6,7 @@ Only for devices that `architecture` knows; the backend has checked that.
 from __future__ import annotations
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -52,12 +53,12 @@ def factor_gradients(
     """See `Backend.factor_gradients`; partial sums take at most `budget` bytes, or those of one row of tiles."""
     chip = _architecture(h.device)
     shape = chip.shapes(block.dtype.itemsize).factor_gradients
-    tile = (shape.rows, shape.columns * shape.column_tiles)
-    for start, stop in _row_groups(h.shape, block.factors, h.itemsize, tile, budget):
+    tile, most_programs = (shape.rows, shape.columns), shape.programs_per_unit * chip.compute_units
+    for start, stop in _row_groups(h.shape, block.factors, h.itemsize, tile, budget, most_programs):
         part, own, into = h[start:stop], block.rows(start, stop), gradients.rows(start, stop)
-        partials = _partials(part, part.shape, own.factors, tile)
+        partials = _partials(part, part.shape, own.factors, tile, most_programs)
         launches.factor_gradients(part, own, estimator, into, partials, shape, chip).run()
-        _accumulate(into, partials, own.factors)
+        launches.add_partials(into, own.factors.ranks, partials).run()
 
 
 def weight_product(
@@ -98,12 +99,12 @@ def token_product(
     shape = chip.shapes(input.itemsize).token_product
     extent, tile = (grad.shape[1], input.shape[1]), (shape.block_m, shape.block_n)
     wide = accumulation_dtype(torch.promote_types(input.dtype, factors.A.dtype))
-    for start, stop in _row_groups(extent, factors, wide.itemsize, tile, settings.workspace):
+    for start, stop in _row_groups(extent, factors, wide.itemsize, tile, settings.workspace, None):
         own, into = factors.rows(start, stop), gradients.rows(start, stop)
-        partials = _partials(input.new_empty(0, dtype=wide), (stop - start, extent[1]), own, tile)
+        partials = _partials(input.new_empty(0, dtype=wide), (stop - start, extent[1]), own, tile, None)
         launch = launches.token_product(grad[:, start:stop], input, own, estimator, into, partials, shape, chip)
         _run_fitting(launch, "token_product", input, factors)
-        _accumulate(into, partials, own)
+        launches.add_partials(into, own.ranks, partials).run()
 
 
 def fused_rank_limit(input: torch.Tensor) -> int:
@@ -115,7 +116,8 @@ def least_token_product_bytes(input: torch.Tensor, factors: Factors) -> int:
     """Bytes of the partial sums of one row of tiles, the least that `token_product` works with."""
     shape = _architecture(input.device).shapes(input.itemsize).token_product
     itemsize = accumulation_dtype(input.dtype).itemsize
-    return _partial_bytes(input.shape[1], factors, itemsize, (shape.block_m, shape.block_n))
+    shapes = _partial_shapes((shape.block_m, input.shape[1]), factors, (shape.block_m, shape.block_n), None)
+    return itemsize * sum(map(math.prod, shapes))
 
 
 def why_unfit(operation: str, input: torch.Tensor, factors: Factors) -> str | None:
@@ -149,11 +151,6 @@ def _fit_key(operation: str, input: torch.Tensor, factors: Factors) -> tuple[obj
         shape = shapes.weight_product(operation, input.shape[0], *sizes)
     blocks = (launches.rank_block(factor.shape[0]) for factor in (factors.A, factors.C))
     return (operation, shape, input.device, input.dtype, factors.A.dtype, *blocks)
-
-
-def _partial_bytes(columns: int, factors: Factors, itemsize: int, tile: tuple[int, int]) -> int:
-    """Bytes of partial sums for one row of tiles."""
-    return itemsize * sum(factors.ranks) * (columns + tile[0] * launches.ceil_div(columns, tile[1]))
 
 
 def _architecture(device: torch.device) -> Architecture:
@@ -201,34 +198,50 @@ def _split_k(m: int, n: int, k: int, most: int, shape: ProductShape, chip: Archi
 
 
 def _row_groups(
-    extent: tuple[int, ...], factors: Factors, itemsize: int, tile: tuple[int, int], budget: int
+    extent: tuple[int, ...],
+    factors: Factors,
+    itemsize: int,
+    tile: tuple[int, int],
+    budget: int,
+    most_programs: int | None,
 ) -> list[tuple[int, int]]:
     """Cut the rows of a block of `extent` so that each group's partial sums fit in `budget` bytes, in whole tiles."""
     rows, columns = extent
-    step = max(1, budget // _partial_bytes(columns, factors, itemsize, tile)) * tile[0]
+
+    def fits(row_tiles: int) -> bool:
+        shapes = _partial_shapes((min(rows, row_tiles * tile[0]), columns), factors, tile, most_programs)
+        return itemsize * sum(map(math.prod, shapes)) <= budget
+
+    fitting, beyond = 1, launches.ceil_div(rows, tile[0])
+    if fits(beyond):
+        fitting = beyond
+    while beyond - fitting > 1:
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if fits(middle) else (fitting, middle)
+    step = fitting * tile[0]
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _partials(
-    like: torch.Tensor, extent: tuple[int, ...], factors: Factors, tile: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Buffers of `like`'s dtype for partial sums: up [column tiles, rows, ranks], down [row tiles, ranks, columns]."""
+def _partial_shapes(
+    extent: tuple[int, ...], factors: Factors, tile: tuple[int, int], most_programs: int | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Of buffers for partial sums: up [column groups, rows, ranks], down [row tiles, columns, ranks].
+
+    A program takes a group of column tiles, so many that there are at most `most_programs`; without a bound a group is
+    one tile.
+    """
     (rows, columns), ranks = extent, sum(factors.ranks)
-    return (
-        like.new_empty(launches.ceil_div(columns, tile[1]), rows, ranks),
-        like.new_empty(launches.ceil_div(rows, tile[0]), ranks, columns),
-    )
+    row_tiles, column_tiles = launches.ceil_div(rows, tile[0]), launches.ceil_div(columns, tile[1])
+    groups = column_tiles
+    if most_programs is not None:
+        tiles_each = launches.ceil_div(column_tiles, max(1, most_programs // row_tiles))
+        groups = launches.ceil_div(column_tiles, tiles_each)
+    return (groups, rows, ranks), (row_tiles, columns, ranks)
 
 
-def _accumulate(gradients: ParameterGradients, partials: tuple[torch.Tensor, torch.Tensor], factors: Factors) -> None:
-    """Add the partial sums, in a fixed order, where gradients are wanted."""
-    r1, _ = factors.ranks
-    up, down = (parts.sum(0) for parts in partials)
-    for gradient, part in (
-        (gradients.A, down[:r1]),
-        (gradients.B, up[:, :r1]),
-        (gradients.C, down[r1:]),
-        (gradients.D, up[:, r1:]),
-    ):
-        if gradient is not None:
-            gradient.add_(part)
+def _partials(
+    like: torch.Tensor, extent: tuple[int, ...], factors: Factors, tile: tuple[int, int], most_programs: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Buffers of `like`'s dtype for partial sums."""
+    up, down = _partial_shapes(extent, factors, tile, most_programs)
+    return like.new_empty(up), like.new_empty(down)

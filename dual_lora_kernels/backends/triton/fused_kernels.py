@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .panel_kernels import contribute, store_up
-from .tiles import dot, effective_tile, factor_products, load, narrow
+from .contraction import contribute, load_downs, load_ups, slice_products, store_ups
+from .tiles import dot, effective_tile, load, narrow
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
 
     Program (i, j) sums one tile of H over all tokens, as the clipping estimator needs, then contracts it as
     `factor_gradients_kernel` does. Ranks of at most one slice. Partials: up [column tiles, rows, r1 + r2], down
-    [row tiles, r1 + r2, columns].
+    [row tiles, columns, r1 + r2].
     """
     ROWS: tl.constexpr = T.block_rows
     COLUMNS: tl.constexpr = T.block_columns
@@ -76,7 +76,7 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
     column_tile = tl.program_id(0) % column_tiles
     row = row_tile * ROWS + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.arange(0, T.block_rank)
     if T.wide:
         row, column = row.to(tl.int64), column.to(tl.int64)
     h = tl.zeros((ROWS, COLUMNS), dtype=T.product)
@@ -89,14 +89,16 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
         h = dot(g, x, h, PRECISION, T.interpreted)
     if T.mask_rows or T.mask_columns:  # an infinity times a line that was not there is a NaN, which would spread
         h = tl.where((row < grad.rows)[:, None] & (column < input.columns)[None, :], h, 0.0)
-    p, q = factor_products(matrices, row, column, shape, T)
+    ups = load_ups(matrices, row, grad.rows, ranks, T)
+    downs = load_downs(matrices, column, input.columns, ranks, T)
+    p, q = slice_products(ups, downs, matrices, row, column, shape, T)
     gradient_B = tl.zeros((ROWS, RANK), dtype=T.product)
     gradient_D = tl.zeros((ROWS, RANK), dtype=T.product)
     both_ranks = A.rows + C.rows
     scale = tl.load(scale_pointer).to(T.product)
     gradient_B, gradient_D = contribute(
-        h, p.to(T.product), q.to(T.product), scale, matrices, row, column, shape, ranks, (gradient_B, gradient_D),
-        down_partials + row_tile.to(tl.int64) * both_ranks * input.columns, T,
+        h, p.to(T.product), q.to(T.product), scale, ups, downs, matrices, column, input.columns, ranks,
+        (gradient_B, gradient_D), down_partials + row_tile.to(tl.int64) * both_ranks * input.columns, T,
     )  # fmt: skip
     up_partials += column_tile.to(tl.int64) * grad.rows * both_ranks
-    store_up(up_partials, (gradient_B, gradient_D), matrices, row, grad.rows, ranks, T)
+    store_ups(up_partials, (gradient_B, gradient_D), matrices, row, grad.rows, ranks, T)

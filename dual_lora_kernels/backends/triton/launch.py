@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import Constants, Matrix
+from .arguments import Constants, Matrix, SumConstants
 
 _MOST_KEPT = 4096
 """Beyond so many kept launches all are dropped: batches of ever new lengths make ever new ones."""
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     """What a launch is besides its arguments. Kernels are compiled without contraction to fused multiply-adds."""
 
     grid: tuple[int, int, int]
-    constants: Constants
+    constants: Constants | SumConstants
     num_warps: int
     num_stages: int
 
@@ -39,7 +39,7 @@ class _Kept(NamedTuple):
     """What a launch compiled to, and the sizes and strides of its matrices."""
 
     run: Callable[..., None]
-    constants: Constants
+    constants: Constants | SumConstants
     layouts: list[tuple[int, ...]]
 
 

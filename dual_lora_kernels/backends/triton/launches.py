@@ -17,7 +17,8 @@ from ...rounding import is_dithered
 from ..block import Block, Factors, ParameterGradients
 from ..interface import Estimator
 from .architecture import Architecture, is_interpreted
-from .arguments import Constants, FactorMatrices, Hashes
+from .arguments import Constants, FactorMatrices, Hashes, SumConstants
+from .contraction import add_partials_kernel
 from .fused_kernels import token_product_kernel, weight_product_kernel
 from .launch import Launch, Plan
 from .panel_kernels import effective_weight_kernel, factor_gradients_kernel
@@ -29,6 +30,8 @@ _TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_SUM_LINES, _SUM_RANKS, _SUM_WARPS = 16, 32, 4
+"""A tile of partial sums: one 16-byte load a thread, and enough programs for a panel to fill a GPU."""
 
 
 class RankBlock(NamedTuple):
@@ -84,7 +87,7 @@ def factor_gradients(
 ) -> Launch:
     """Partial factor gradients of one block of H [rows, columns].
 
-    `partials`, in H's dtype: up [column groups, rows, r1 + r2] and down [row tiles, r1 + r2, columns].
+    `partials`, in H's dtype: up [column groups, rows, r1 + r2] and down [row tiles, columns, r1 + r2].
     """
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
 
@@ -94,16 +97,35 @@ def factor_gradients(
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)
         constants = constants._replace(
             wide=_is_wide(h, *block.factors[:4]),
-            column_tiles=shape.column_tiles,
             **_gradient_constants(estimator, wanted, constants, block.dtype, chip),
         )
         slices = max(ceil_div(rank, constants.block_rank) for rank in block.factors.ranks)
-        grid = (ceil_div(rows, shape.rows), ceil_div(columns, shape.columns * shape.column_tiles), slices)
-        return Plan(grid, constants, shape.warps, shape.stages)
+        return Plan((ceil_div(rows, shape.rows), groups, slices), constants, shape.warps, shape.stages)
 
-    matrices, others = (h, *block.factors[:4]), (block.factors.scale, *partials)
+    groups = partials[0].shape[0]
+    column_tiles = ceil_div(ceil_div(h.shape[1], shape.columns), groups)
+    matrices, others = (h, *block.factors[:4]), (block.factors.scale, *partials, column_tiles)
     choices = (shape, estimator, wanted, block.dtype)
     return Launch(factor_gradients_kernel, matrices, others, _panel_gradient_arguments, choices, plan)
+
+
+def add_partials(
+    gradients: ParameterGradients, ranks: tuple[int, int], partials: tuple[torch.Tensor, torch.Tensor]
+) -> Launch:
+    """The factors' gradients that are wanted += the sums of `partials`, as `factor_gradients` leaves them."""
+    up, down = partials
+    wanted = tuple(each is not None for each in gradients[:4])
+
+    def plan() -> Plan:
+        lines = ceil_div(up.shape[1], _SUM_LINES) + ceil_div(down.shape[1], _SUM_LINES)
+        return Plan(
+            (lines, ceil_div(up.shape[2], _SUM_RANKS), 1), SumConstants(_SUM_LINES, _SUM_RANKS, *wanted), _SUM_WARPS, 1
+        )
+
+    matrices = tuple(up if each is None else each for each in gradients[:4])
+    return Launch(
+        add_partials_kernel, matrices, (up, down, *up.shape[:2], *down.shape[:2], *ranks), _sum_arguments, wanted, plan
+    )
 
 
 def weight_product(
@@ -188,8 +210,12 @@ def _panel_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[
 
 def _panel_gradient_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     h, A, B, C, D = matrices
-    scale, up_partials, down_partials = others
-    return (h, FactorMatrices(A, B, C, D, scale), up_partials, down_partials)
+    scale, *partials = others
+    return (h, FactorMatrices(A, B, C, D, scale), *partials)
+
+
+def _sum_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*matrices, *others)
 
 
 def _product_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -241,9 +267,11 @@ def _gradient_constants(
 ) -> dict[str, Any]:
     # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
     return dict(
-        block_rank=max(constants.block_r1, constants.block_r2), ste=estimator.kind, clip_bound=estimator.bound,
+        block_rank=max(constants.block_r1, constants.block_r2),
+        one_slice=constants.slices_r1 == constants.slices_r2 == 1 and constants.block_r1 == constants.block_r2,
+        contraction=tl.bfloat16 if dtype == torch.bfloat16 else _TL_DTYPES[accumulation_dtype(dtype)],
+        contraction_precision=_contraction_precision(dtype, chip), ste=estimator.kind, clip_bound=estimator.bound,
         want_magnitude=wanted[0], want_direction=wanted[1],
-        contraction_precision=_contraction_precision(dtype, chip),
     )  # fmt: skip
 
 
@@ -273,8 +301,11 @@ def _product_precision(dtype: torch.dtype, chip: Architecture) -> str:
 
 
 def _contraction_precision(compute_dtype: torch.dtype, chip: Architecture) -> str:
-    """Of the products with ∂P and ∂Q: no sign hangs on them, so TF32 does for a layer that computes in 16 bits."""
-    return "tf32" if chip.is_nvidia and compute_dtype.itemsize == 2 else "ieee"
+    """Of the products with ∂P and ∂Q: no sign hangs on them, so TF32 does for fp16, whose range ∂P may exceed.
+
+    A bf16 layer's are products of bf16 operands: the layer's own error is larger (docs/decisions.md).
+    """
+    return "tf32" if chip.is_nvidia and compute_dtype == torch.float16 else "ieee"
 
 
 def _is_wide(*tensors: torch.Tensor | None) -> bool:

@@ -18,13 +18,16 @@ BLOCK_RANKS = (16, 32)
 
 @dataclass(frozen=True)
 class PanelShape:
-    """A tile of W or H [rows, columns]; `column_tiles` of them to a program in `factor_gradients`."""
+    """A tile of W or H [rows, columns].
+
+    A program of `factor_gradients` takes as many column tiles as leave `programs_per_unit` programs for each SM or CU.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
-    column_tiles: int = 1
+    programs_per_unit: int = 2
     source: str = ""
 
 
