@@ -54,12 +54,15 @@ def _launches(
     )
     if max(r1, r2) <= shapes.fused_rank:
         shape = shapes.weight_product("forward", m, n, k)
-        out, bias = _meta(1, m, n, dtype=dtype), _meta(n, dtype=dtype)
+        out, bias = _meta(m, n, dtype=dtype), _meta(n, dtype=dtype)
         yield launches.weight_product("forward", out, x, block, bias, hashes, shape, chip)
         shape = shapes.weight_product("input_gradient", m, k, n)
-        parts = _meta(2, m, k, dtype=wide)
+        out, split = (
+            _meta(m, k, dtype=dtype),
+            launches.SplitSum(_meta(2, m, k, dtype=wide), _meta(8, dtype=torch.int32)),
+        )
         nearest = block._replace(rounding="nearest")
-        yield launches.weight_product("input_gradient", parts, grad, nearest, None, hashes, shape, chip)
+        yield launches.weight_product("input_gradient", out, grad, nearest, None, hashes, shape, chip, split)
         estimator = Estimator("clip", 1.0)
         yield launches.token_product(grad, x, factors, estimator, gradients, partials, shapes.token_product, chip)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness import timing
-from benchmarks.layers import dither_field, dither_table, layer_step, methods
+from benchmarks.layers import dither_field, dither_table, gradient_operands, layer_step, methods
 from benchmarks.layers.memory import AllocationTrace, peak_temporary_bytes, replay
 from dual_lora_kernels import set_workspace_bytes
 
@@ -179,3 +179,14 @@ def test_dual_lora_never_allocates_the_weight() -> None:
     # Beside the workspace: the forward's output, the token-sized tensors of the step, and packed copies of the factors.
     factor_bytes = 4 * 16 * size * 4
     assert traces["dual_lora"].peak_temporary < workspace + 4 * x.nbytes + factor_bytes
+
+
+def test_operands_of_the_gradients_products_err_by_their_precision(tmp_path: Path) -> None:
+    """FP8's three mantissa bits cost more than bf16's seven, and two of them more still."""
+    gradient_operands.main(["--rows", "64", "--columns", "96", "--tokens", "128", "--out", str(tmp_path)])
+    document = json.loads((tmp_path / "gradient_operands.json").read_text(encoding="utf-8"))
+    for errors in document["relative_errors"].values():
+        fp32, bf16, e4m3, e5m2, _ = errors.values()
+        for index in range(4):
+            assert fp32[index] < 2.0**-8
+            assert bf16[index] < e4m3[index] < e5m2[index]

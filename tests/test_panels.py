@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_lora_kernels import dual_lora_merge_, reference, set_strategy, set_workspace_bytes, settings, strategy
+from dual_lora_kernels import (
+    dual_lora_merge_,
+    panel_split,
+    panels,
+    reference,
+    set_strategy,
+    set_workspace_bytes,
+    settings,
+    strategy,
+)
 from dual_lora_kernels.backends import Backend, Block, Settings, resolve_backend
 from dual_lora_kernels.runtime_settings import current_settings
 from dual_lora_kernels.self_check.problems import (
@@ -111,6 +120,31 @@ def test_exact_passes_over_any_panels(
         names = ("output", *reference.Gradients._fields)
         for name, value, truth in zip(names, computed, (output, *expected), strict=True):
             assert torch.equal(value, truth), (name, workspace)
+
+
+def test_column_panels_of_h_give_the_same_gradients(
+    device: torch.device, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU takes them for a weight with many columns; bit for bit under exact arithmetic."""
+    problem = exact(20, 70, 150, 4, 6, device=device)
+    _, *expected = autograd_gradients(problem)
+    columns = tuple((start, min(start + 64, 150)) for start in range(0, 150, 64))
+    monkeypatch.setattr(panels, "_token_product_panels", lambda *_: (columns, False))
+    with settings(strategy="panels"):
+        for name, value, truth in zip(
+            reference.Gradients._fields, _passes(problem, backend)[1:], expected, strict=True
+        ):
+            assert torch.equal(value, truth), name
+
+
+def test_h_is_cut_where_its_products_fill_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a wide weight would be panels of 320 lines and a third of a wave; a CPU has no waves and takes rows."""
+    sizes = (torch.device("cpu"), (4096, 14336), 4, 20 << 20, 64)
+    assert panels._token_product_panels(*sizes)[1]
+    monkeypatch.setattr(panel_split, "compute_units", lambda _: 132)
+    ranges, by_rows = panels._token_product_panels(*sizes)
+    assert not by_rows
+    assert ranges == tuple((start, start + 1024) for start in range(0, 14336, 1024))
 
 
 def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "dither") -> list[torch.Tensor]:

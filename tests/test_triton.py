@@ -7,7 +7,7 @@ import torch
 
 from dual_lora_kernels import dual_lora_linear, dual_lora_merge_, reference, set_strategy
 from dual_lora_kernels.backends import Block, DenseBase, Estimator, ParameterGradients, Settings, resolve_backend
-from dual_lora_kernels.backends.triton import execute, launches
+from dual_lora_kernels.backends.triton import device_buffers, execute, launches
 from dual_lora_kernels.backends.triton.architecture import Architecture, architecture
 from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.choice import preferred
@@ -50,7 +50,7 @@ def _tile(shape: PanelShape | ProductShape) -> str:
 
 
 def _hashes(problem: Problem) -> Hashes:
-    return execute._hashes(problem.x, "dither", *problem.weight.shape)
+    return device_buffers.hashes(problem.x, "dither", *problem.weight.shape)
 
 
 @pytest.mark.parametrize("shape", _shipped("effective_weight"), ids=_tile)
@@ -86,11 +86,11 @@ def test_fused_products_use_the_merged_weights(
         problem.scale.fill_(2.0**-7)
         merged = dual_lora_merge_(problem.weight.clone(), *problem.factors, backend="triton")
         identity = torch.eye(second, dtype=dtype, device=device)
-        out = torch.empty(1, second, first, dtype=dtype, device=device)
+        out = torch.empty(second, first, dtype=dtype, device=device)
         launches.weight_product(
             operation, out, identity, problem.block(), None, _hashes(problem), shape, _chip(device)
         ).run()
-        used = out[0] if transposed else out[0].t()
+        used = out if transposed else out.t()
         # Values, since the product's sum turns a -0 into +0; everything else that is equal has equal bits.
         assert torch.equal(used, merged), make.__name__
 
@@ -111,10 +111,14 @@ def test_gradients_of_every_shipped_shape(device: torch.device, shape: PanelShap
     h = problem.grad.float().t() @ problem.x.float()
     if isinstance(shape, PanelShape):
         # Two groups of two column tiles.
-        partials = execute._partials(h, h.shape, problem.factors, (shape.rows, shape.columns), most_programs=4)
+        partials = execute._partials(
+            h, (len(h), h.shape[1]), sum(problem.factors.ranks), (shape.rows, shape.columns), most_programs=4
+        )
         launches.factor_gradients(h, problem.block(), estimator, gradients, partials, shape, chip).run()
     else:
-        partials = execute._partials(h, h.shape, problem.factors, (shape.block_m, shape.block_n), most_programs=None)
+        partials = execute._partials(
+            h, (len(h), h.shape[1]), sum(problem.factors.ranks), (shape.block_m, shape.block_n), most_programs=None
+        )
         launches.token_product(
             problem.grad, problem.x, problem.factors, estimator, gradients, partials, shape, chip
         ).run()
@@ -218,10 +222,10 @@ def test_splits_stay_within_the_workspace() -> None:
 def test_the_dithers_vectors_are_never_released(device: torch.device) -> None:
     """A captured CUDA graph keeps the address of those it used."""
     like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    before = execute._hashes(like, "dither", 10, 10)
-    larger = execute._hashes(like, "dither", 10, 300_000)
+    before = device_buffers.hashes(like, "dither", 10, 10)
+    larger = device_buffers.hashes(like, "dither", 10, 300_000)
     assert len(larger.columns) > 300_000
-    assert any(vectors is before for vectors in execute._hash_cache[like.device])
+    assert any(vectors is before for vectors in device_buffers._hashes[like.device])
     assert torch.equal(larger.rows[: len(before.rows)], before.rows)
 
 
@@ -311,11 +315,11 @@ def test_a_graph_captured_before_any_call_has_its_own_dither() -> None:
     problem = gaussian(4, 256, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
     set_strategy("fused")
     expected = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
-    execute._hash_cache.clear()
+    device_buffers._hashes.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
-    assert not any(execute._hash_cache.values())
+    assert not any(device_buffers._hashes.values())
     graph.replay()
     assert torch.equal(out, expected)
 
@@ -326,13 +330,13 @@ def test_compiled_graphs_do_not_own_the_dither() -> None:
     problem = gaussian(4, 256, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
     set_strategy("fused")
     expected = dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton")
-    execute._hash_cache.clear()
+    device_buffers._hashes.clear()
     compiled = torch.compile(
         lambda: dual_lora_linear(problem.x, problem.weight, *problem.factors, backend="triton"), mode="reduce-overhead"
     )
     for _ in range(4):
         assert torch.equal(compiled(), expected)
-    assert execute._hash_cache
+    assert device_buffers._hashes
 
 
 @pytest.mark.gpu

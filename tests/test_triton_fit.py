@@ -11,7 +11,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from dual_lora_kernels import dual_lora_linear, set_strategy
-from dual_lora_kernels.backends.triton import execute
+from dual_lora_kernels.backends.triton import device_buffers, execute
 from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.fused_kernels import token_product_kernel, weight_product_kernel
 from dual_lora_kernels.backends.triton.launch import Launch
@@ -56,12 +56,12 @@ def test_an_exception_while_the_dithers_vectors_are_made_is_raised(monkeypatch: 
         raise torch.OutOfMemoryError("none left")
 
     like = torch.empty(2, 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(execute, "_hash_cache", {})
-    monkeypatch.setattr(execute, "_make_hashes", no_memory)
+    monkeypatch.setattr(device_buffers, "_hashes", {})
+    monkeypatch.setattr(device_buffers, "_make_hashes", no_memory)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.Tensor, "device", property(lambda _: torch.device("cuda", 0)), raising=False)
     with pytest.raises(torch.OutOfMemoryError, match="none left"):
-        execute._hashes(like, "dither", 4, 4)
+        device_buffers.hashes(like, "dither", 4, 4)
 
 
 @pytest.fixture

@@ -96,7 +96,11 @@ class Case:
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)
             source, result = (outputs, inputs) if self.kernel == "input_gradient" else (inputs, outputs)
-            return launches.weight_product(self.kernel, result[None], source, block, None, hashes, self.shape, chip)
+            split = None
+            if self.shape.up_to is not None:  # where tokens are few, sums are split
+                parts = _meta(2, *result.shape, dtype=accumulation_dtype(compute))
+                split = launches.SplitSum(parts, _meta(FEATURES, dtype=torch.int32))
+            return launches.weight_product(self.kernel, result, source, block, None, hashes, self.shape, chip, split)
         if self.kernel == "effective_weight":
             assert isinstance(self.shape, PanelShape)
             return launches.effective_weight(weight, weight, block, hashes, self.shape, chip)

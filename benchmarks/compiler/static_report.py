@@ -181,19 +181,21 @@ def problems(rows: Iterable[Row]) -> list[str]:
         if row.needs_matrix and not row.matrix:
             found.append(f"{row.name}: no matrix instruction")
         if _multiplies_ranks_synchronously(row):
-            found.append(f"{row.name}: its rank product is mma.sync's, where the chip's other kernels use wgmma")
+            found.append(
+                f"{row.name}: its rank product is mma.sync's, where the chip's other kernels use wgmma or tcgen05"
+            )
         if row.shared_bytes > row.shared_limit:
             found.append(f"{row.name}: {row.shared_bytes} bytes of shared memory, the limit is {row.shared_limit}")
     return found
 
 
 def _multiplies_ranks_synchronously(row: Row) -> bool:
-    """Whether W's kernels on sm_90 sum fp32 factors by other matrix instructions than the rest: W must be the same.
+    """Whether a kernel of W sums fp32 factors by other matrix instructions than its chip's rest: W must be the same.
 
     With bf16 factors the names do not tell the products apart, and all shapes' products are exact.
     """
     makes_weight = row.kernel in ("effective_weight", "forward", "input_gradient")
-    in_question = row.family == "sm_90" and makes_weight and row.factors == "fp32"
+    in_question = row.family in ("sm_90", "sm_100") and makes_weight and row.factors == "fp32"
     return in_question and any(name.startswith("HMMA") and "TF32" in name for name in row.matrix)
 
 

@@ -35,9 +35,10 @@ from dual_lora_kernels.tuning.kernel_calls import RANK
 from ..harness import report
 from ..harness.environment import environment
 from ..layers import layer_cells
-from ..layers.layer_step import step
+from ..layers.layer_step import FLOOR, step
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import build, frozen_linear
+from ..model import chips, predict
 from . import numerical_suite, rooflines, session_summary
 from .numerical_suite import without_paths
 from .rooflines import Ceilings
@@ -217,8 +218,22 @@ def _layers(session: Session, results: dict[str, Any], deadline: Deadline) -> No
             results["left_out"].append(without_paths(f"{cell.label}: {type(error).__name__}: {error}"))
             continue
         found["left_out"] = {name: without_paths(reason) for name, reason in found["left_out"].items()}
+        found["predicted_microseconds"] = _predicted(cell, session)
         results["cells"].append(found)
         results["unmeasured"] -= 1
+
+
+def _predicted(cell: layer_cells.Cell, session: Session) -> dict[str, float] | None:
+    """What the model expects of the device with this session's ceilings; None where there is nothing to compare."""
+    chip, ceilings = architecture(session.device), session.ceilings
+    if cell.mode != "graph" or ceilings is None or isinstance(chip, str):
+        return None
+    rates = (ceilings.operations_per_second, ceilings.bytes_per_second)
+    modelled = chips.measured(chip.family, chip.compute_units, *rates)
+    if modelled is None:
+        return None
+    own, floor = predict.cell_seconds(cell.kind, cell.rows, cell.columns, cell.tokens, modelled)
+    return {"auto": 1e6 * own, FLOOR: 1e6 * floor}
 
 
 PARTS = (

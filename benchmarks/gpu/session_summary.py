@@ -160,10 +160,34 @@ def _layers(results: Mapping[str, Any]) -> list[str]:
         ]
         if cells:
             found += [f"{words}:", markdown_table(headings, cells)]
+    found += _predictions(results["cells"])
     reasons = {
         f"{CELL_LABELS[name]}: {reason}": None for cell in results["cells"] for name, reason in cell["left_out"].items()
     }
     return [*found, f"{results['unmeasured']} cells not measured.", *_left_out([*results["left_out"], *reasons])]
+
+
+def _predictions(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the model predicted (benchmarks/model) beside what was measured."""
+    lines = [
+        (
+            f"{cell['kind']} {cell['rows']}x{cell['columns']}",
+            str(cell["tokens"]),
+            *(
+                text
+                for name in ("auto", FLOOR)
+                for text in (
+                    f"{cell['predicted_microseconds'][name]:,.1f}",
+                    f"{cell['microseconds'][name]:,.1f}",
+                    f"{cell['microseconds'][name] / cell['predicted_microseconds'][name]:.2f}",
+                )
+            ),
+        )
+        for cell in sorted(cells, key=_order)
+        if cell.get("predicted_microseconds") and {"auto", FLOOR} <= cell["microseconds"].keys()
+    ]
+    headings = ("cell", "M", "predicted µs", "measured", "ratio", "floor: predicted µs", "measured", "ratio")
+    return ["Predicted beside measured:", markdown_table(headings, lines)] if lines else []
 
 
 def _order(cell: Mapping[str, Any]) -> tuple[int, int, int, int]:

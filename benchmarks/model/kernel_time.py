@@ -109,10 +109,15 @@ def seconds(launch: Launch, chip: Chip) -> float:
 
 
 def residents(kernel: Counts, plan: Plan, chip: Chip) -> int:
-    """Programs that a unit holds at a time."""
-    registers = ceil_div(kernel.registers, 8) * 8 * plan.num_warps * chip.warp_size
-    by_shared = chip.shared_bytes // max(1, kernel.shared_bytes + 1024)
-    return max(1, min(chip.registers // registers, by_shared, 64 // plan.num_warps, 32))
+    """Programs of a kernel that a unit holds at a time."""
+    return programs_that_fit(kernel.registers, kernel.shared_bytes, plan.num_warps, chip)
+
+
+def programs_that_fit(registers: int, shared_bytes: int, warps: int, chip: Chip) -> int:
+    """The same from the kernel's needs: `registers` a thread, `shared_bytes` and `warps` a program."""
+    by_registers = chip.registers // (ceil_div(registers, 8) * 8 * warps * chip.warp_size)
+    by_shared = chip.shared_bytes // max(1, shared_bytes + 1024)
+    return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
 def loop_trips(launch: Launch, plan: Plan, kernel: Counts) -> int:
@@ -120,7 +125,8 @@ def loop_trips(launch: Launch, plan: Plan, kernel: Counts) -> int:
     T: Any = plan.constants
     name = launch.kernel.fn.__name__
     if name == "weight_product_kernel":
-        return ceil_div(launch.others[-2], T.block_rows if T.transposed else T.block_columns)
+        split_length = next(each for each in launch.others if isinstance(each, int))
+        return ceil_div(split_length, T.block_rows if T.transposed else T.block_columns)
     if name == "token_product_kernel":
         return ceil_div(launch.matrices[1].shape[0], T.block_tokens)
     if name == "factor_gradients_kernel":
@@ -132,11 +138,11 @@ def loop_trips(launch: Launch, plan: Plan, kernel: Counts) -> int:
 
 
 def _wave_cycles(kernel: Counts, warps: int, trips: int, resident: int, chip: Chip) -> float:
-    cycles = _part_cycles(kernel.rest, warps, resident, chip)
-    return cycles + (trips * _part_cycles(kernel.loop, warps, resident, chip) if kernel.loop else 0.0)
+    cycles = part_cycles(kernel.rest, warps, resident, chip)
+    return cycles + (trips * part_cycles(kernel.loop, warps, resident, chip) if kernel.loop else 0.0)
 
 
-def _part_cycles(part: Part, warps: int, resident: int, chip: Chip) -> float:
+def part_cycles(part: Part, warps: int, resident: int, chip: Chip) -> float:
     """Cycles in which every one of a unit's `resident` programs gets through `part`.
 
     They share issue slots and matrix units, and hide each other's waits as far as these leave room.

@@ -124,6 +124,14 @@ def predict_decoding(rows: int, columns: int, tokens: int, chip: Chip) -> tuple[
     ), chip.launch_seconds + plain.bytes / chip.bytes_per_second
 
 
+def cell_seconds(kind: str, rows: int, columns: int, tokens: int, chip: Chip) -> tuple[float, float]:
+    """(the package's, the floor's) seconds of a measurement in `layers.layer_cells`."""
+    if kind == "decode":
+        return predict_decoding(rows, columns, tokens, chip)
+    step = predict(rows, columns, tokens, chip)
+    return step.total, step.floor
+
+
 HEADINGS = (
     "N × K, M", "floor", "forward", "∂X", "H products", "factor gradients", "small operations", "total", "ratio",
     "launches", "products", "operations",

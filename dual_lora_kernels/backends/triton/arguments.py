@@ -55,6 +55,10 @@ class Constants(NamedTuple):
     split_fp32: bool
     """fp32 factors multiply as three TF32 products."""
     interpreted: bool
+    block_rank: int
+    """The larger of the two blocks of ranks."""
+    one_slice: bool
+    """A slice of `block_rank` ranks holds all ranks of both products, in blocks of that size."""
     # W: `effective_tile`
     has_weight: bool = False
     dither: bool = False
@@ -69,10 +73,9 @@ class Constants(NamedTuple):
     product_precision: str = "ieee"
     transposed: bool = False
     has_bias: bool = False
+    is_split: bool = False
+    """Several programs share out the sum of each tile."""
     # The factors' gradients
-    block_rank: int = 0
-    one_slice: bool = False
-    """A program's slice holds all ranks of both products, in blocks of `block_rank`."""
     contraction: Any = None
     """The type of the operands of products with ∂P and ∂Q."""
     ste: str = ""

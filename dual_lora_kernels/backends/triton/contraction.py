@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import dot, factor_products, load, narrow, product_gradient_tiles, rank_product
+from .tiles import dot, factor_products, load, narrow, product_gradient_tiles, rank_product, sum_parts
 
 
 @triton.jit
@@ -126,16 +126,7 @@ def add_partials_kernel(
     pointers = tl.where(up, up_partials, down_partials) + line[:, None] * (r1 + r2) + rank[None, :]
     stride = lines.to(tl.int64) * (r1 + r2)
     total = tl.zeros((LINES, RANK), dtype=up_partials.dtype.element_ty)
-    for _ in range(parts // 4):  # four loads under way at a time
-        first = tl.load(pointers, mask=inside, other=0.0)
-        second = tl.load(pointers + stride, mask=inside, other=0.0)
-        third = tl.load(pointers + 2 * stride, mask=inside, other=0.0)
-        fourth = tl.load(pointers + 3 * stride, mask=inside, other=0.0)
-        total = (((total + first) + second) + third) + fourth
-        pointers += 4 * stride
-    for _ in range(parts % 4):
-        total += tl.load(pointers, mask=inside, other=0.0)
-        pointers += stride
+    total = sum_parts(pointers, stride, parts, inside, total)
 
     first_line = line[:, None] * tl.where(up, B.row_stride, A.column_stride)
     second_line = line[:, None] * tl.where(up, D.row_stride, C.column_stride)

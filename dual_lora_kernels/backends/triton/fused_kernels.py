@@ -6,11 +6,19 @@ import triton
 import triton.language as tl
 
 from .contraction import contribute, load_downs, load_ups, slice_products, store_ups
-from .tiles import dot, effective_tile, load, narrow
+from .tiles import dot, effective_tile, load, narrow, sum_parts
 
 
 @triton.jit
-def weight_product_kernel(out, input, weight, factors, bias, hashes, split_length, out_split_stride, T: tl.constexpr):
+def _store_product(out, bias, total, m, n, inside, T: tl.constexpr):
+    if T.has_bias:
+        total += tl.load(bias + n, mask=n < out.columns, other=0.0).to(T.product)[None, :]
+    pointers = out.pointer + m.to(tl.int64)[:, None] * out.row_stride + n[None, :]
+    tl.store(pointers, narrow(total, out.pointer.dtype.element_ty, T.interpreted), mask=inside)
+
+
+@triton.jit
+def weight_product_kernel(out, input, weight, factors, bias, hashes, split_length, partials, finished, T: tl.constexpr):
     """Y = X Wᵀ + b, or ∂X = G W where ``T.transposed``, with W [rows, columns] rebuilt tile by tile.
 
     Out [M, N] = input [M, K] times W or its transpose, in the words of a matrix product: M tokens, N the weight's axis
@@ -19,6 +27,9 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
     as W lies in memory and is the right operand, through shared memory, in both passes. Built transposed for ∂X it took
     15 % more instructions on sm_90 and twice as many on gfx942; as the left operand, from registers, the forward pass
     took twice as many on gfx942 and within 4 % of the same on sm_90.
+
+    Where the sum is split, the program that finishes a tile last adds the parts, in their order whichever finished when
+    (`launches.SplitSum`).
     """
     BLOCK_M: tl.constexpr = T.block_tokens
     BLOCK_N: tl.constexpr = T.block_columns if T.transposed else T.block_rows
@@ -30,6 +41,7 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
     n = tl.program_id(0) // token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * split_length
     stop = tl.minimum(start + split_length, input.columns)
+    inside = (m < out.rows)[:, None] & (n < out.columns)[None, :]
     if T.wide:
         n, m = n.to(tl.int64), m.to(tl.int64)
     A, B, C, D, scale_pointer = factors
@@ -48,12 +60,18 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
         if not T.transposed:
             tile = tl.trans(tile)
         accumulator = dot(x, tile, accumulator, PRECISION, T.interpreted)
-    if T.has_bias:
-        accumulator += tl.load(bias + n, mask=n < out.columns, other=0.0).to(T.product)[None, :]
-    first = out.pointer + tl.program_id(1).to(tl.int64) * out_split_stride
-    pointers = first + m.to(tl.int64)[:, None] * out.row_stride + n[None, :]
-    inside = (m < out.rows)[:, None] & (n < out.columns)[None, :]
-    tl.store(pointers, narrow(accumulator, out.pointer.dtype.element_ty, T.interpreted), mask=inside)
+    if T.is_split:
+        pointers = partials + m.to(tl.int64)[:, None] * out.columns + n[None, :]
+        part_stride = tl.full((), 1, tl.int64) * out.rows * out.columns  # sizes of 1 are constants
+        tl.store(pointers + tl.program_id(1) * part_stride, accumulator, mask=inside)
+        tl.debug_barrier()  # all threads' stores come before the program says that it has finished
+        before = tl.atomic_add(finished + tl.program_id(0), 1, sem="acq_rel")
+        if before == tl.num_programs(1) - 1:
+            total = sum_parts(pointers, part_stride, tl.num_programs(1), inside, tl.zeros_like(accumulator))
+            _store_product(out, bias, total, m, n, inside, T)
+            tl.store(finished + tl.program_id(0), 0)
+    else:
+        _store_product(out, bias, accumulator, m, n, inside, T)
 
 
 @triton.jit

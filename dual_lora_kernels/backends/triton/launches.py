@@ -42,6 +42,15 @@ class RankBlock(NamedTuple):
     masked: bool
 
 
+class SplitSum(NamedTuple):
+    """Where programs that share out a product's sum meet: their parts, and how many of each tile have finished."""
+
+    partials: torch.Tensor
+    """[parts, M, N], in the accumulation dtype."""
+    finished: torch.Tensor
+    """int32 zeros, one for each tile at least; zeros again when the kernel ends."""
+
+
 def rank_block(rank: int) -> RankBlock:
     """The smallest of `BLOCK_RANKS` that holds the rank; a larger rank is cut into slices of the largest block.
 
@@ -92,15 +101,14 @@ def factor_gradients(
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
 
     def plan() -> Plan:
-        rows, columns = h.shape
         tile = (shape.rows, shape.columns)
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)
         constants = constants._replace(
             wide=_is_wide(h, *block.factors[:4]),
-            **_gradient_constants(estimator, wanted, constants, block.dtype, chip),
+            **_gradient_constants(estimator, wanted, block.dtype, chip),
         )
         slices = max(ceil_div(rank, constants.block_rank) for rank in block.factors.ranks)
-        return Plan((ceil_div(rows, shape.rows), groups, slices), constants, shape.warps, shape.stages)
+        return Plan((ceil_div(h.shape[0], shape.rows), groups, slices), constants, shape.warps, shape.stages)
 
     groups = partials[0].shape[0]
     column_tiles = ceil_div(ceil_div(h.shape[1], shape.columns), groups)
@@ -122,7 +130,7 @@ def add_partials(
             (lines, ceil_div(up.shape[2], _SUM_RANKS), 1), SumConstants(_SUM_LINES, _SUM_RANKS, *wanted), _SUM_WARPS, 1
         )
 
-    matrices = tuple(up if each is None else each for each in gradients[:4])
+    matrices = tuple(up[0] if each is None else each for each in gradients[:4])
     return Launch(
         add_partials_kernel, matrices, (up, down, *up.shape[:2], *down.shape[:2], *ranks), _sum_arguments, wanted, plan
     )
@@ -137,12 +145,13 @@ def weight_product(
     hashes: Hashes,
     shape: ProductShape,
     chip: Architecture,
+    split: SplitSum | None = None,
 ) -> Launch:
-    """Y of ``"forward"``, ∂X of ``"input_gradient"`` into `out` [split-K parts, M, N], last dimension contiguous.
+    """Y of ``"forward"``, ∂X of ``"input_gradient"`` into `out` [M, N], last dimension contiguous.
 
-    Part i sums its share of K. The bias is added only where there is one part.
+    With `split` every tile's sum over K is shared out, and the last of its programs to finish adds the parts.
     """
-    split_k, m, n = out.shape
+    (m, n), split_k = out.shape, 1 if split is None else split.partials.shape[0]
     k, weight, precision = input.shape[1], block.dense_base, _product_precision(input.dtype, chip)
 
     def plan() -> Plan:
@@ -150,7 +159,7 @@ def weight_product(
         tile = (shape.block_k, shape.block_n) if transposed else (shape.block_n, shape.block_k)
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)._replace(
             wide=_is_wide(out, input, weight, *block.factors[:4]),
-            transposed=transposed, has_bias=bias is not None and split_k == 1,
+            transposed=transposed, has_bias=bias is not None, is_split=split is not None,
             block_tokens=shape.block_m, mask_tokens=m % shape.block_m != 0,
             product=_TL_DTYPES[accumulation_dtype(input.dtype)], product_precision=precision,
             **_weight_constants(block, weight, chip),
@@ -160,10 +169,10 @@ def weight_product(
 
     return Launch(
         weight_product_kernel,
-        (out[0], input, input if weight is None else weight, *block.factors[:4]),
+        (out, input, input if weight is None else weight, *block.factors[:4]),
         (
             block.factors.scale, *hashes, input if bias is None else bias,
-            split_length(k, split_k, shape), out.stride(0),
+            split_length(k, split_k, shape), *((out, out) if split is None else split),
         ),
         _product_arguments,
         (shape, operation, split_k, weight is None, bias is None, block.rounding, precision),
@@ -192,7 +201,7 @@ def token_product(
             wide=_is_wide(grad, input, *factors[:4]),
             block_tokens=shape.block_k, mask_tokens=tokens % shape.block_k != 0,
             product=_TL_DTYPES[partials[0].dtype], product_precision=precision,
-            **_gradient_constants(estimator, wanted, constants, input.dtype, chip),
+            **_gradient_constants(estimator, wanted, input.dtype, chip),
         )  # fmt: skip
         grid = (ceil_div(rows, shape.block_m) * ceil_div(columns, shape.block_n), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
@@ -220,8 +229,8 @@ def _sum_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[An
 
 def _product_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     out, input, weight, A, B, C, D = matrices
-    scale, row_hashes, column_hashes, bias, *split = others
-    return (out, input, weight, FactorMatrices(A, B, C, D, scale), bias, Hashes(row_hashes, column_hashes), *split)
+    scale, row_hashes, column_hashes, bias, *sums = others
+    return (out, input, weight, FactorMatrices(A, B, C, D, scale), bias, Hashes(row_hashes, column_hashes), *sums)
 
 
 def _token_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -245,9 +254,11 @@ def _tile_constants(
 ) -> Constants:
     """What tiles of P and Q are compiled for, in a block of `shape`."""
     (rows, columns), (block_rows, block_columns) = shape, tile
+    first, second = (rank_block(rank) for rank in factors.ranks)
     return Constants(
-        block_rows, block_columns, rows % block_rows != 0, columns % block_columns != 0,
-        *rank_block(factors.A.shape[0]), *rank_block(factors.C.shape[0]), wide=False,
+        block_rows, block_columns, rows % block_rows != 0, columns % block_columns != 0, *first, *second, wide=False,
+        block_rank=max(first.block, second.block),
+        one_slice=first.slices == second.slices == 1 and first.block == second.block,
         accumulator=_TL_DTYPES[accumulation_dtype(factors.A.dtype)],
         split_fp32=_splits_fp32(factors, compute_dtype, chip), interpreted=is_interpreted(),
     )  # fmt: skip
@@ -263,12 +274,10 @@ def _weight_constants(block: Block, weight: torch.Tensor | None, chip: Architect
 
 
 def _gradient_constants(
-    estimator: Estimator, wanted: tuple[bool, bool], constants: Constants, dtype: torch.dtype, chip: Architecture
+    estimator: Estimator, wanted: tuple[bool, bool], dtype: torch.dtype, chip: Architecture
 ) -> dict[str, Any]:
     # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
     return dict(
-        block_rank=max(constants.block_r1, constants.block_r2),
-        one_slice=constants.slices_r1 == constants.slices_r2 == 1 and constants.block_r1 == constants.block_r2,
         contraction=tl.bfloat16 if dtype == torch.bfloat16 else _TL_DTYPES[accumulation_dtype(dtype)],
         contraction_precision=_contraction_precision(dtype, chip), ste=estimator.kind, clip_bound=estimator.bound,
         want_magnitude=wanted[0], want_direction=wanted[1],

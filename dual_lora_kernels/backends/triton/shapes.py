@@ -38,7 +38,7 @@ class ProductShape:
     In the forward pass and ∂X, M are the tokens, so the tile of W is `block_n` × `block_k` or its transpose. In
     ``token_product``, H = Gᵀ X [rows, columns] is the output and the sum runs over the tokens. The shape is for at most
     `up_to` tokens. With `whole_tiles` it is only for weights of whole tiles, since its kernel spills registers where it
-    masks the weight.
+    masks the weight. An SM or CU holds `programs_per_unit` of its programs, by registers and shared memory.
     """
 
     block_m: int
@@ -48,6 +48,7 @@ class ProductShape:
     stages: int
     up_to: int | None = None
     whole_tiles: bool = False
+    programs_per_unit: int = 2
     source: str = ""
 
     def suits(self, tokens: int, features: int, length: int) -> bool:

@@ -169,3 +169,19 @@ def product_gradient_tiles(h, p, q, scale, T: tl.constexpr):
     elif T.ste == "xnor":
         grad_q = tl.where(tl.abs(q) <= 1, grad_q, 0.0)
     return grad_p, grad_q
+
+
+@triton.jit
+def sum_parts(pointers, stride, parts, inside, total):
+    """total + the tiles at `pointers`, `stride` apart, in their order; four loads are under way at a time."""
+    for _ in range(parts // 4):
+        first = tl.load(pointers, mask=inside, other=0.0)
+        second = tl.load(pointers + stride, mask=inside, other=0.0)
+        third = tl.load(pointers + 2 * stride, mask=inside, other=0.0)
+        fourth = tl.load(pointers + 3 * stride, mask=inside, other=0.0)
+        total = (((total + first) + second) + third) + fourth
+        pointers += 4 * stride
+    for _ in range(parts % 4):
+        total += tl.load(pointers, mask=inside, other=0.0)
+        pointers += stride
+    return total
