@@ -97,6 +97,39 @@ def store_ups(up_partials, gradients, factors, row, rows, ranks, T: tl.constexpr
         tl.store(pointers + A.rows, gradient_D, mask=inside & (ranks < C.rows)[None, :])
 
 
+@triton.jit
+def _add_to(gradient, line, rank, values, inside, TRANSPOSED: tl.constexpr):
+    """gradient [lines, ranks], or [ranks, lines], += values."""
+    row, column = line[:, None], rank[None, :].to(tl.int64)
+    if TRANSPOSED:
+        pointers = gradient.pointer + row * gradient.column_stride + column * gradient.row_stride
+    else:
+        pointers = gradient.pointer + row * gradient.row_stride + column * gradient.column_stride
+    tl.store(pointers, tl.load(pointers, mask=inside, other=0.0) + values, mask=inside)
+
+
+@triton.jit
+def _add_sums(
+    first, second, partials, parts, lines, ranks, tile,
+    WANT_FIRST: tl.constexpr, WANT_SECOND: tl.constexpr, TRANSPOSED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one product's and of the other's lines += sums of partials, on a tile of lines and ranks."""
+    LINES: tl.constexpr = T.block_lines
+    RANK: tl.constexpr = T.block_rank
+    r1, r2 = ranks
+    line = tile.to(tl.int64) * LINES + tl.arange(0, LINES)
+    rank = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    is_first = (line < lines)[:, None] & (rank < (r1 if WANT_FIRST else 0))[None, :]
+    is_second = (line < lines)[:, None] & ((rank >= r1) & (rank < (r1 + r2 if WANT_SECOND else r1)))[None, :]
+    pointers = partials + line[:, None] * (r1 + r2) + rank[None, :]
+    total = tl.zeros((LINES, RANK), dtype=partials.dtype.element_ty)
+    total = sum_parts(pointers, lines.to(tl.int64) * (r1 + r2), parts, is_first | is_second, total)
+    if WANT_FIRST:
+        _add_to(first, line, rank, total, is_first, TRANSPOSED)
+    if WANT_SECOND:
+        _add_to(second, line, rank - r1, total, is_second, TRANSPOSED)
+
+
 @triton.jit(do_not_specialize=["up_parts", "rows", "down_parts", "columns"])
 def add_partials_kernel(
     A, B, C, D, up_partials, down_partials, up_parts, rows, down_parts, columns, r1, r2, T: tl.constexpr
@@ -104,37 +137,13 @@ def add_partials_kernel(
     """The factors' gradients A, B, C, D += partial sums, in their order.
 
     up [parts, rows, r1 + r2], down [parts, columns, r1 + r2]. Program (i, j) takes a tile of ``T.block_lines`` rows of
-    B and D, or beyond their last as many columns of A and C, and of ``T.block_rank`` ranks of both kinds.
+    B and D, or beyond their last as many columns of A and C, and of ``T.block_rank`` ranks of both kinds. (Selecting
+    pointers instead of branching would halve the code, but Triton 3.6 does not compile that for AMD.)
     """
-    LINES: tl.constexpr = T.block_lines
-    RANK: tl.constexpr = T.block_rank
-    row_tiles = tl.cdiv(rows, LINES)
-    # Selected, not branched: two branches are twice the code.
-    up = tl.program_id(0) < row_tiles
-    tile = tl.program_id(0) - tl.where(up, 0, row_tiles)
-    lines = tl.where(up, rows, columns)
-    parts = tl.where(up, up_parts, down_parts)
-    line = tile.to(tl.int64) * LINES + tl.arange(0, LINES)
-    rank = tl.program_id(1) * RANK + tl.arange(0, RANK)
-
-    first_stop = tl.where(up, r1 if T.want_B else 0, r1 if T.want_A else 0)
-    second_stop = tl.where(up, r1 + r2 if T.want_D else r1, r1 + r2 if T.want_C else r1)
-    is_first = (line < lines)[:, None] & (rank < first_stop)[None, :]
-    is_second = (line < lines)[:, None] & ((rank >= r1) & (rank < second_stop))[None, :]
-    inside = is_first | is_second
-
-    pointers = tl.where(up, up_partials, down_partials) + line[:, None] * (r1 + r2) + rank[None, :]
-    stride = lines.to(tl.int64) * (r1 + r2)
-    total = tl.zeros((LINES, RANK), dtype=up_partials.dtype.element_ty)
-    total = sum_parts(pointers, stride, parts, inside, total)
-
-    first_line = line[:, None] * tl.where(up, B.row_stride, A.column_stride)
-    second_line = line[:, None] * tl.where(up, D.row_stride, C.column_stride)
-    first_rank = rank.to(tl.int64)[None, :] * tl.where(up, B.column_stride, A.row_stride)
-    second_rank = (rank - r1).to(tl.int64)[None, :] * tl.where(up, D.column_stride, C.row_stride)
-    own = tl.where(
-        is_first,
-        tl.where(up, B.pointer, A.pointer) + first_line + first_rank,
-        tl.where(up, D.pointer, C.pointer) + second_line + second_rank,
-    )
-    tl.store(own, tl.load(own, mask=inside, other=0.0) + total, mask=inside)
+    row_tiles = tl.cdiv(rows, T.block_lines)
+    tile = tl.program_id(0)
+    if tile < row_tiles:
+        _add_sums(B, D, up_partials, up_parts, rows, (r1, r2), tile, T.want_B, T.want_D, False, T)
+    else:
+        tile -= row_tiles
+        _add_sums(A, C, down_partials, down_parts, columns, (r1, r2), tile, T.want_A, T.want_C, True, T)
