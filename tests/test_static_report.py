@@ -23,7 +23,7 @@ from benchmarks.compiler.disassembly import (
     parse_amdgcn,
     parse_sass,
 )
-from benchmarks.compiler.shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
+from benchmarks.compiler.shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases, sum_cases
 from benchmarks.compiler.static_report import SHARED_LIMIT_KIB, Row, measure, problems, tensor_cycles
 from benchmarks.harness import report
 from dual_lora_kernels.backends.triton.shapes import TABLE, PanelShape, ProductShape, load
@@ -284,7 +284,7 @@ def test_the_committed_report_is_of_the_shipped_shapes() -> None:
     reported = {(row["chip"], row["kernel"], row["compute"], row["factors"], row["rank"], row["tile"]) for row in rows}
     shipped = {
         (case.chip, case.kernel, dtype_name(case.compute_dtype), dtype_name(case.factor_dtype), case.rank, case.tile)
-        for case in shipped_cases()
+        for case in (*shipped_cases(), *sum_cases())
     }
     assert reported == shipped
 

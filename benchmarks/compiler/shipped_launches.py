@@ -19,6 +19,9 @@ from dual_lora_kernels.tuning.kernel_calls import RANK
 from ..harness.environment import DTYPE_NAMES
 
 KERNELS = ("effective_weight", "factor_gradients", "forward", "input_gradient", "token_product")
+"""Those with entries in the table."""
+SUM_KERNEL = "add_partials"
+"""It has one shape everywhere."""
 FEATURES = 4096
 """Rows and columns of the weight: whole tiles, so that no kernel masks its loads, as in most layers."""
 MASKED_ROWS, MASKED_COLUMNS = 4099, 4112
@@ -106,6 +109,8 @@ class Case:
             return launches.effective_weight(weight, weight, block, hashes, self.shape, chip)
         gradients, estimator = ParameterGradients(*factors[:4]), Estimator("clip", 1.0)
         wide = accumulation_dtype(compute)
+        if self.kernel == SUM_KERNEL:
+            return launches.add_partials(gradients, factors.ranks, self._partials(64, 64, wide))
         if self.kernel == "factor_gradients":
             assert isinstance(self.shape, PanelShape)
             partials = self._partials(self.shape.rows, self.shape.columns, wide)
@@ -141,6 +146,16 @@ def shipped_cases(
         for mask in masked:
             if mask in masks:
                 yield replace(case, masks=mask, rank=MASKED_RANKS[case.rank])
+
+
+def sum_cases(families: Sequence[str] = FAMILIES) -> Iterator[Case]:
+    """The kernel that adds partial gradients, in fp32 and fp64, for ranks that fill its tile and for others."""
+    shape = PanelShape(launches.SUM_LINES, launches.SUM_RANKS, launches.SUM_WARPS, 1)
+    for family in families:
+        dtype = WIDE_FAMILIES.get(family, torch.float32)
+        for chip in WIDE_TARGETS if family in WIDE_FAMILIES else (family,):
+            case = Case(family, chip, SUM_KERNEL, shape, dtype, dtype)
+            yield from (case, replace(case, masks="all", rank=MASKED_RANKS[RANK]))
 
 
 def _unmasked_cases(families: Sequence[str], kernels: Sequence[str], table: dict[str, Shapes]) -> Iterator[Case]:

@@ -31,7 +31,7 @@ from dual_lora_kernels.backends.triton.shapes import PanelShape, ProductShape
 from ..harness import report
 from .ahead_of_time import compile_launch, target
 from .disassembly import CLASSES, class_counts, disassemble, inner_loop, matrix_instructions, spill_accesses
-from .shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases
+from .shipped_launches import FAMILIES, KERNELS, MASKS, Case, dtype_name, shipped_cases, sum_cases
 
 SHARED_LIMIT_KIB = {
     "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99,
@@ -45,7 +45,7 @@ MOST_SPILLS_OUTSIDE_A_LOOP = 200
 ACCEPTED_SPILLS = {
     ("sm_90", "input_gradient", "64×64×64"): 60,  # fp32 factors of rank 17 to 31; 8 warps take twice the instructions
     ("gfx1100", "effective_weight", "64×64"): 200,  # fp32 weights that end within a tile, Triton 3.6
-    ("gfx90a", "forward", "64×64×64"): 2,  # fp32 factors, Triton 3.6, before the loop; 32 tokens a tile build W twice
+    ("sm_100", "add_partials", "16×32"): 2,  # Triton 3.9; the kernel runs once a panel
 }
 """Chip, kernel and tile → spills that the shapes without them are not worth."""
 
@@ -296,6 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console()
     cases = list(shipped_cases(options.families, options.kernels, masks=options.masks))
+    if list(options.kernels) == list(KERNELS):
+        cases += sum_cases(options.families)
+        cases.sort(key=lambda case: FAMILIES.index(case.family))
     rows, failures = measure_all(cases, options.workers, console)
     console.print(NOTE)
     found = [*failures, *problems(rows)]

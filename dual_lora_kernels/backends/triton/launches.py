@@ -30,7 +30,7 @@ _TL_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_SUM_LINES, _SUM_RANKS, _SUM_WARPS = 16, 32, 4
+SUM_LINES, SUM_RANKS, SUM_WARPS = 16, 32, 4
 """A tile of partial sums: one 16-byte load a thread, and enough programs for a panel to fill a GPU."""
 
 
@@ -125,9 +125,9 @@ def add_partials(
     wanted = tuple(each is not None for each in gradients[:4])
 
     def plan() -> Plan:
-        lines = ceil_div(up.shape[1], _SUM_LINES) + ceil_div(down.shape[1], _SUM_LINES)
+        lines = ceil_div(up.shape[1], SUM_LINES) + ceil_div(down.shape[1], SUM_LINES)
         return Plan(
-            (lines, ceil_div(up.shape[2], _SUM_RANKS), 1), SumConstants(_SUM_LINES, _SUM_RANKS, *wanted), _SUM_WARPS, 1
+            (lines, ceil_div(up.shape[2], SUM_RANKS), 1), SumConstants(SUM_LINES, SUM_RANKS, *wanted), SUM_WARPS, 1
         )
 
     matrices = tuple(up[0] if each is None else each for each in gradients[:4])
