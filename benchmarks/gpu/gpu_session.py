@@ -214,11 +214,11 @@ def _layers(session: Session, results: dict[str, Any], deadline: Deadline) -> No
         session.show(cell.label)
         try:
             found = layer_cells.measure(cell, session.device)
+            found["predicted_microseconds"] = _predicted(cell, session)
         except Exception as error:
             results["left_out"].append(without_paths(f"{cell.label}: {type(error).__name__}: {error}"))
             continue
         found["left_out"] = {name: without_paths(reason) for name, reason in found["left_out"].items()}
-        found["predicted_microseconds"] = _predicted(cell, session)
         results["cells"].append(found)
         results["unmeasured"] -= 1
 
