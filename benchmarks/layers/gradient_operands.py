@@ -3,8 +3,8 @@
     python -m benchmarks.layers.gradient_operands [--rows 1024 --columns 1024 --tokens 2048]
 
 Errors against fp64, emulated on any device: operands are rounded and multiplied in fp64, so that nothing else errs.
-FP8 operands have one scale a tensor, its largest magnitude onto the format's. Activations of transformers have a few
-features far larger than the rest, so there are inputs without and with such.
+FP8 operands have one scale a tensor or a feature, its largest magnitude onto the format's. Activations of transformers
+have a few features far larger than the rest, so there are inputs without and with such.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ FACTORS = "ABCD"
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
-def to_fp8(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` as numbers of an FP8 `dtype` times one scale, in fp64."""
-    scale = torch.finfo(dtype).max / values.abs().max()
+def to_fp8(values: torch.Tensor, dtype: torch.dtype, by_feature: bool = False) -> torch.Tensor:
+    """`values` [tokens, features] as numbers of an FP8 `dtype` times one scale, or one a feature, in fp64."""
+    largest = values.abs().amax(0) if by_feature else values.abs().max()
+    scale = torch.finfo(dtype).max / largest
     return (values * scale).to(torch.float32).to(dtype).double() / scale
 
 
@@ -59,6 +60,10 @@ def _e4m3(values: torch.Tensor) -> torch.Tensor:
     return to_fp8(values, torch.float8_e4m3fn)
 
 
+def _e4m3_by_feature(values: torch.Tensor) -> torch.Tensor:
+    return to_fp8(values, torch.float8_e4m3fn, by_feature=True)
+
+
 def _e5m2(values: torch.Tensor) -> torch.Tensor:
     return to_fp8(values, torch.float8_e5m2)
 
@@ -67,6 +72,7 @@ VARIANTS = (
     Variant("H in fp32, exact contraction"),
     Variant("H in fp32, bf16 contraction (the Triton kernels)", contraction=to_bf16),
     Variant("H rounded to bf16, exact contraction", product=to_bf16),
+    Variant("FP8 E4M3, a scale a feature", input=_e4m3_by_feature, grad=_e4m3_by_feature, contraction=to_bf16),
     Variant("FP8 E4M3 X and G", input=_e4m3, grad=_e4m3, contraction=to_bf16),
     Variant("FP8 E4M3 X, E5M2 G", input=_e4m3, grad=_e5m2, contraction=to_bf16),
 )
