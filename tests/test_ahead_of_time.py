@@ -33,7 +33,7 @@ def _launches(
     factor_dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
 ) -> Iterator[Launch]:
-    """The kernels for M, N, K, r1, r2 = `sizes`, with a bias, splits and estimators; fused ones up to their rank."""
+    """The kernels for M, N, K, r1, r2 = `sizes`, with a bias, splits and estimators; fused ones where they run."""
     m, n, k, r1, r2 = sizes
     chip = Architecture(family, 132)
     shapes = chip.shapes(dtype.itemsize)
@@ -52,7 +52,7 @@ def _launches(
     yield launches.factor_gradients(
         _meta(n, k, dtype=wide), block, Estimator("xnor", 1.0), gradients, partials, shapes.factor_gradients, chip
     )
-    if max(r1, r2) <= shapes.fused_rank:
+    if max(r1, r2) <= shapes.fused_rank and (factor_dtype == FP64) == (dtype == FP64):
         shape = shapes.weight_product("forward", m, n, k)
         out, bias = _meta(m, n, dtype=dtype), _meta(n, dtype=dtype)
         yield launches.weight_product("forward", out, x, block, bias, hashes, shape, chip)
@@ -75,6 +75,8 @@ def _launches(
         ("sm_89", (33, 100, 70, 130, 40), BF16, FP32, BF16),
         ("sm_90", (300, 2**17, 2**15 + 1, 16, 16), FP16, BF16, FP32),
         ("sm_90", (8, 64, 64, 16, 16), FP32, FP32, None),
+        ("sm_90", (300, 100, 70, 16, 16), BF16, FP64, BF16),
+        ("gfx942", (300, 100, 70, 16, 16), FP16, FP64, FP16),
         ("sm_90", (8, 64, 64, 16, 16), FP64, FP64, BF16),
         ("gfx942", (1, 100, 70, 1, 20), BF16, FP32, None),
         ("gfx942", (300, 2**17, 2**15 + 1, 16, 16), FP16, FP16, FP32),

@@ -105,7 +105,7 @@ def factor_gradients(
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)
         constants = constants._replace(
             wide=_is_wide(h, *block.factors[:4]),
-            **_gradient_constants(estimator, wanted, block.dtype, chip),
+            **_gradient_constants(estimator, wanted, block.dtype, h.dtype, chip),
         )
         slices = max(ceil_div(rank, constants.block_rank) for rank in block.factors.ranks)
         # Loads of several slices, all fetched ahead, would exceed shared memory: 112 of 99 KiB for rank 130 on sm_89.
@@ -203,7 +203,7 @@ def token_product(
             wide=_is_wide(grad, input, *factors[:4]),
             block_tokens=shape.block_k, mask_tokens=tokens % shape.block_k != 0,
             product=_TL_DTYPES[partials[0].dtype], product_precision=precision,
-            **_gradient_constants(estimator, wanted, input.dtype, chip),
+            **_gradient_constants(estimator, wanted, input.dtype, partials[0].dtype, chip),
         )  # fmt: skip
         grid = (ceil_div(rows, shape.block_m) * ceil_div(columns, shape.block_n), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
@@ -276,12 +276,14 @@ def _weight_constants(block: Block, weight: torch.Tensor | None, chip: Architect
 
 
 def _gradient_constants(
-    estimator: Estimator, wanted: tuple[bool, bool], dtype: torch.dtype, chip: Architecture
+    estimator: Estimator, wanted: tuple[bool, bool], dtype: torch.dtype, h_dtype: torch.dtype, chip: Architecture
 ) -> dict[str, Any]:
+    in_bf16 = dtype == torch.bfloat16 and h_dtype == torch.float32
     # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
     return dict(
-        contraction=tl.bfloat16 if dtype == torch.bfloat16 else _TL_DTYPES[accumulation_dtype(dtype)],
-        contraction_precision=_contraction_precision(dtype, chip), ste=estimator.kind, clip_bound=estimator.bound,
+        contraction=tl.bfloat16 if in_bf16 else _TL_DTYPES[h_dtype],
+        contraction_precision=_contraction_precision(dtype, h_dtype, chip),
+        ste=estimator.kind, clip_bound=estimator.bound,
         want_magnitude=wanted[0], want_direction=wanted[1],
     )  # fmt: skip
 
@@ -311,12 +313,12 @@ def _product_precision(dtype: torch.dtype, chip: Architecture) -> str:
     return "tf32" if allowed and chip.is_nvidia else "ieee"
 
 
-def _contraction_precision(compute_dtype: torch.dtype, chip: Architecture) -> str:
+def _contraction_precision(compute_dtype: torch.dtype, h_dtype: torch.dtype, chip: Architecture) -> str:
     """Of the products with ∂P and ∂Q: no sign hangs on them, so TF32 does for fp16, whose range ∂P may exceed.
 
     A bf16 layer's are products of bf16 operands: the layer's own error is larger (docs/decisions.md).
     """
-    return "tf32" if chip.is_nvidia and compute_dtype == torch.float16 else "ieee"
+    return "tf32" if chip.is_nvidia and compute_dtype == torch.float16 and h_dtype == torch.float32 else "ieee"
 
 
 def _is_wide(*tensors: torch.Tensor | None) -> bool:
