@@ -38,6 +38,8 @@ _PRODUCTS: dict[int | None, tuple[tuple[int, int, int, int, int], ...]] = {
         (256, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (256, 64, 64, 8, 3), (128, 128, 64, 8, 2),
     ),
 }  # fmt: skip
+_PROGRAMS: dict[int | None, int] = {16: 4, 64: 3, 128: 2, None: 2}
+"""Programs that an SM or CU mostly holds of a class's shapes (static counts), for which splits are cut."""
 # block M, N, K, warps, stages
 _TOKEN_PRODUCT = (
     (64, 64, 64, 4, 2), (64, 64, 32, 4, 2), (64, 32, 64, 4, 2), (64, 32, 32, 4, 2), (128, 64, 64, 8, 2),
@@ -88,7 +90,7 @@ def candidates(slot: Slot, shapes: Shapes) -> list[Shape]:
     else:
         grid = _TOKEN_PRODUCT if slot.kernel == "token_product" else _PRODUCTS[slot.up_to]
         found += [
-            ProductShape(block_m, block_n, block_k, warps, stages, up_to=slot.up_to)
+            ProductShape(block_m, block_n, block_k, warps, stages, slot.up_to, programs_per_unit=_PROGRAMS[slot.up_to])
             for block_m, block_n, block_k, warps, stages in grid
         ]
     in_use = dataclasses.replace(found[0], source="")
