@@ -115,3 +115,4 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.M
     document = json.loads((tmp_path / "step_model_h200.json").read_text(encoding="utf-8"))
     assert document["steps"][0]["ratio"] > 1
     assert "4096 × 4096, 512" in (tmp_path / "step_model_h200.md").read_text(encoding="utf-8")
+    assert (tmp_path / "step_model_h200.png").stat().st_size > 0

@@ -61,3 +61,22 @@ def ratio_lines(
     figure.suptitle(f"{title}. Horizontally: M, tokens", fontsize=10)
     figure.supylabel(axis, fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, axis: str, path: Path) -> None:
+    """One horizontal bar per entry, made of its parts, with a line at 1."""
+    figure = Figure(figsize=(7.0, 0.38 * len(bars) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(bars)
+    left = [0.0] * len(names)
+    for part in dict.fromkeys(part for parts in bars.values() for part in parts):
+        widths = [bars[name].get(part, 0.0) for name in names]
+        axes.barh(names, widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(axis)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)

@@ -22,7 +22,7 @@ from dual_lora_kernels.backends.triton.launches import ceil_div
 from dual_lora_kernels.panel_split import PRODUCT_TILES
 
 from ..compiler.recorded_step import Event, Product, SmallOperation, decoding, training_step
-from ..harness import report
+from ..harness import charts, report
 from . import kernel_time
 from .chips import CHIPS, Chip
 
@@ -78,10 +78,20 @@ class Prediction:
     operations: int
 
     @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to the whole step."""
+        return {
+            "forward": self.forward,
+            "∂X": self.input_gradient,
+            "H products": self.parameter_products,
+            "factor gradients": self.parameter_kernels,
+            "small operations": self.small_operations,
+        }
+
+    @property
     def total(self) -> float:
         """Of the whole step."""
-        products = self.parameter_products + self.parameter_kernels
-        return self.forward + self.input_gradient + products + self.small_operations
+        return sum(self.parts.values())
 
     @property
     def ratio(self) -> float:
@@ -141,12 +151,9 @@ HEADINGS = (
 def cells(prediction: Prediction) -> list[str]:
     """A line of the table, in microseconds."""
     p = prediction
-    times = (
-        p.floor, p.forward, p.input_gradient, p.parameter_products, p.parameter_kernels, p.small_operations, p.total
-    )  # fmt: skip
     return [
         f"{p.rows} × {p.columns}, {p.tokens}",
-        *(f"{1e6 * time:.0f}" for time in times),
+        *(f"{1e6 * time:.0f}" for time in (p.floor, *p.parts.values(), p.total)),
         f"{p.ratio:.2f}",
         *map(str, (p.launches, p.products, p.operations)),
     ]
@@ -169,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.print_table(f"Step on {options.chip}, µs (predicted)", HEADINGS, [cells(step) for step in steps], console)
     report.print_table(f"Decode on {options.chip}, µs (predicted)", decode_headings, decode_cells, console)
     if options.out is not None:
+        stem = f"step_model_{options.chip.lower()}"
         document: dict[str, Any] = {
             "chip": {"name": options.chip, **asdict(chip)},
             "versions": {"triton": triton.__version__},
@@ -181,8 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "Microseconds of device time.",
             report.markdown_table(HEADINGS, [cells(step) for step in steps]),
             report.markdown_table(decode_headings, decode_cells),
+            f"![parts of a step]({stem}.png)",
         ]
-        report.write(options.out, f"step_model_{options.chip.lower()}", document, paragraphs)
+        report.write(options.out, stem, document, paragraphs)
+        bars = {cells(step)[0]: {name: part / step.floor for name, part in step.parts.items()} for step in steps}
+        title = f"A step on {options.chip}, predicted; dotted: the three products that no method avoids"
+        charts.stacked_bars(bars, title, "device time / three products", options.out / f"{stem}.png")
 
 
 if __name__ == "__main__":
