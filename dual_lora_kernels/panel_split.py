@@ -16,9 +16,11 @@ from .backends import PANEL_UNIT
 
 Panels = tuple[tuple[int, int], ...]
 """(first line, line after the last) of each panel."""
-PRODUCT_TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.87), (64, 128, 0.6), (128, 64, 0.6), (64, 64, 0.4))
+_TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.87), (64, 128, 0.6), (128, 64, 0.6), (64, 64, 0.4))
 """Tiles of vendors' 16-bit products, and their rate to the largest's: smaller ones read more for each multiplication.
 The rates are estimates; no GPU has measured them for this project yet."""
+WAVE_TILE = 256 * 128
+"""Elements of the largest tile, in which waves are counted."""
 
 
 class Waves(NamedTuple):
@@ -42,12 +44,14 @@ def waves_for(device: torch.device, other: int) -> Waves | None:
     return None if units is None else Waves(units, other)
 
 
-def product_waves(rows: int, columns: int, compute_units: int) -> float:
-    """The time of a product with a result of rows × columns, in waves of the largest tiles."""
-    largest = max(m * n for m, n, _ in PRODUCT_TILES)
+def product_waves(rows: int, columns: int, compute_units: int, parts: int = 1) -> float:
+    """The time of a product with a result of rows × columns, in waves of the largest tiles.
+
+    With the sum cut into `parts`, a wave is that much shorter.
+    """
     return min(
-        _ceil_div(_ceil_div(rows, m) * _ceil_div(columns, n), compute_units) * m * n / largest / rate
-        for m, n, rate in PRODUCT_TILES
+        _ceil_div(_ceil_div(rows, m) * _ceil_div(columns, n) * parts, compute_units) * m * n / WAVE_TILE / rate
+        for m, n, rate in _TILES
     )
 
 

@@ -55,10 +55,9 @@ CHIPS = {
     "RX9070XT": Chip("gfx1201", 64, 2.7e9, 150e12, 0.6e12, 2.5e12, 64 * 2**20, **_RDNA),
     "MI300X": Chip("gfx942", 304, 2.1e9, 600e12, 4.0e12, 8.0e12, 256 * 2**20, **_CDNA),
 }
-"""None measured by this project yet. Products and copies: rates that public benchmarks report for large sizes, H200's
-as this project's plans have used them. Caches: H100 and A100 from published microbenchmarks of their L2, MI300X's
-256 MiB Infinity Cache. Clocks: the boost clock of H100 and A100 under load, MI300X's peak. The others are data sheets
-with the same discounts, there to choose between tile shapes; RDNA's matrix instructions are not told apart from others.
+"""Estimates; this project has measured none of them. H200's rates of products and copies are those that its plans use,
+the others are data sheets with a like discount. They are there to compare versions and to choose between tile shapes.
+RDNA's matrix instructions are not told apart from others. Caches are the L2, or AMD's Infinity Cache.
 """
 
 

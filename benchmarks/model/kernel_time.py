@@ -159,7 +159,7 @@ def part_cycles(part: Part, warps: int, resident: int, chip: Chip) -> float:
 def memory_seconds(launch: Launch, plan: Plan, chip: Chip) -> tuple[float, float]:
     """(device memory, cache): every matrix once, and what programs read and write in all.
 
-    H and partial sums stay in a cache that holds a panel, and are not charged to device memory.
+    H and partial sums that fit in the cache were written there and are not charged to device memory.
     """
     T: Any = plan.constants
     name = launch.kernel.fn.__name__
@@ -182,7 +182,9 @@ def memory_seconds(launch: Launch, plan: Plan, chip: Chip) -> tuple[float, float
     if name == "effective_weight_kernel":
         return (first + second) / chip.bytes_per_second, 0.0
     tensors = (*launch.matrices, *(each for each in launch.others if hasattr(each, "nbytes")))
-    return 0.0, sum(each.nbytes for each in tensors) / chip.cache_bytes_per_second
+    traffic = sum(each.nbytes for each in tensors)
+    beyond = 0.0 if traffic <= chip.cache_bytes else traffic / chip.bytes_per_second
+    return beyond, traffic / chip.cache_bytes_per_second
 
 
 def _macs(opcode: str) -> float:

@@ -1,6 +1,7 @@
 """Predicts a layer's step on a GPU: ``python -m benchmarks.model.predict [--chip H200]``; needs none.
 
-Device time alone, summed over what a step launches. Good to about 15 %; what it is for is comparing two versions.
+Device time alone, summed over what a step launches. Expected to be good to 15 %, and there to compare two
+versions.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from rich.progress import track
 
 from dual_lora_kernels.backends.triton.architecture import Architecture
 from dual_lora_kernels.backends.triton.launch import Launch
-from dual_lora_kernels.backends.triton.launches import ceil_div
-from dual_lora_kernels.panel_split import PRODUCT_TILES
+from dual_lora_kernels.panel_split import WAVE_TILE, product_waves
 
 from ..compiler.recorded_step import Event, Product, SmallOperation, decoding, training_step
 from ..harness import charts, report
@@ -39,16 +39,13 @@ _SPLITS = (1, 2, 4, 8, 16)
 
 def product_seconds(product: Product, chip: Chip) -> float:
     """The vendor's best tile and split of the sum, in whole waves, or the product's bytes."""
-    unit_rate = chip.product_operations / chip.units
+    wave = 2 * WAVE_TILE * product.k / (chip.product_operations / chip.units)
 
-    def split_seconds(m: int, n: int, rate: float, parts: int) -> float:
-        tiles = ceil_div(product.m, m) * ceil_div(product.n, n) * parts
-        waves = ceil_div(tiles, chip.units) * 2 * m * n * product.k / parts / unit_rate / rate
+    def split_seconds(parts: int) -> float:
         sums = 8 * product.m * product.n * parts / chip.cache_bytes_per_second if parts > 1 else 0.0
-        return waves + sums
+        return product_waves(product.m, product.n, chip.units, parts) * wave / parts + sums
 
-    best = min(split_seconds(m, n, rate, parts) for m, n, rate in PRODUCT_TILES for parts in _SPLITS)
-    return chip.launch_seconds + max(best, product.bytes / chip.bytes_per_second)
+    return chip.launch_seconds + max(min(map(split_seconds, _SPLITS)), product.bytes / chip.bytes_per_second)
 
 
 def event_seconds(event: Event, chip: Chip) -> float:

@@ -37,6 +37,8 @@ LAYERS = ((1024, 1024), (4096, 4096), (14336, 4096))
 """N and K of the layers whose times are compared; of H a panel of a thousand rows."""
 TOKEN_PRODUCT_TOKENS = 64
 KERNELS = ("effective_weight", "factor_gradients", "token_product", *PRODUCTS)
+_CUT = ("factor_gradients", *PRODUCTS)
+"""Kernels whose work is cut for the programs that a unit holds."""
 _MOST_PROGRAMS = 8
 
 
@@ -63,7 +65,8 @@ def _launches(chip: Chip, slot: Slot, rows: int, columns: int) -> list[Launch]:
 
 def predicted(chip: Chip, slot: Slot, shape: Shape) -> tuple[float, Shape]:
     """(the geometric mean of its seconds over `LAYERS`, the shape with the programs that a unit of the chip holds)."""
-    shape = replace(shape, programs_per_unit=programs_at_once(chip, slot, shape))
+    if slot.kernel in _CUT:
+        shape = replace(shape, programs_per_unit=programs_at_once(chip, slot, shape))
     with shape_in_use(chip.family, slot.kernel, shape):
         times = [sum(kernel_time.seconds(each, chip) for each in _launches(chip, slot, *layer)) for layer in LAYERS]
     return math.prod(times) ** (1 / len(times)), shape

@@ -111,7 +111,7 @@ class Backend(Protocol):
         """Bytes of the workspace that `effective_weight` needs for itself, besides the block that it writes."""
 
     def gradient_temporaries(self, workspace: int, factors: Factors) -> int:
-        """Bytes of the workspace that `factor_gradients` needs for itself, besides H; so do shared products."""
+        """Bytes of the workspace that `factor_gradients`, or shared products, need for themselves, besides H."""
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         """Write W = round(W0 + ΔW) into `out` [n, k], of the block's dtype and any strides.

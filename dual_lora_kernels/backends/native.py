@@ -62,7 +62,7 @@ class NativeBackend:
         return workspace // 4  # it needs none, but its speed was measured with panels of three quarters
 
     def gradient_temporaries(self, workspace: int, factors: Factors) -> int:
-        return workspace // 4
+        return workspace // 4  # partial sums of the factors' gradients
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         _ops().cpu_effective_weight(out, block.load_base(out), block.factors, _dither(block))

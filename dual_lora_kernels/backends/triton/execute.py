@@ -23,7 +23,7 @@ from .shapes import ProductShape
 
 _logger = logging.getLogger("dual_lora_kernels")
 _SPLIT_COST = 2
-"""Steps of its sum for which a program could have run instead of starting, and of adding parts up."""
+"""What starting a program and adding its part up cost, in steps of the sum."""
 _unfit: dict[tuple[object, ...], str] = {}
 """Fused kernels that their chip refused, with its reason."""
 
