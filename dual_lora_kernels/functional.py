@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from . import panels
+from . import calls, panels
 from .backends import Block, Estimator, Factors, check_backend_name, resolve_backend
-from .ops import NAMESPACE, Options
+from .calls import Call, Options
+from .ops import NAMESPACE
 from .runtime_settings import current_settings, default_backend
 from .validation import (
     ROUNDINGS,
@@ -29,7 +30,8 @@ _ops: Any = getattr(torch.ops, NAMESPACE)
 class DualLoraFunction(torch.autograd.Function):
     """Y = X round(W0 + ΔW)ᵀ + b for 2-D X, with the gradients of `reference.linear_gradients`.
 
-    Saves the input and the parameters, never anything of the weight's size. Differentiable once.
+    Saves the input and the parameters, never anything of the weight's size. Differentiable once. With a `Call` it
+    computes directly, without one through the operators.
     """
 
     @staticmethod
@@ -45,28 +47,73 @@ class DualLoraFunction(torch.autograd.Function):
         scale: torch.Tensor,
         estimator: Estimator,
         options: Options,
+        call: Call | None,
     ) -> torch.Tensor:
         # The input is needed for parameters' gradients only; nobody should pay for keeping it otherwise.
         kept_input = input if any(ctx.needs_input_grad[1:6]) else None
         ctx.save_for_backward(kept_input, weight, A, B, C, D, scale)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.estimator, ctx.options = estimator, options
-        out: torch.Tensor = _ops.linear(input, weight, (A, B, C, D, scale), bias, *options)
-        return out
+        ctx.estimator, ctx.options, ctx.call = estimator, options, call
+        return _linear(call, options, input, weight, (A, B, C, D, scale), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        input, weight, A, B, C, D, scale = ctx.saved_tensors
+        input, weight, *factors = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads: list[torch.Tensor | None] = [None] * 6
         wanted = [needs[0], *needs[2:6], needs[1]]
         if any(wanted):
-            factors = (A, B, C, D, scale)
-            computed = iter(_ops.gradients(grad, input, weight, factors, wanted, *ctx.estimator, *ctx.options))
+            if ctx.call is None or _is_observed() or torch.is_grad_enabled() or _autocasts(grad):
+                results = _ops.gradients(grad, input, weight, factors, wanted, *ctx.estimator, *ctx.options)
+            else:
+                results = calls.gradients(ctx.call, grad, input, weight, factors, wanted, ctx.estimator)
+            computed = iter(results)
             grads = [next(computed) if want else None for want in wanted]
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs[6] else None
         grad_input, grad_A, grad_B, grad_C, grad_D, grad_weight = grads
-        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None, None
+
+
+def _linear(
+    call: Call | None,
+    options: Options,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: tuple[torch.Tensor, ...],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    out: torch.Tensor
+    if call is None:
+        out = _ops.linear(input, weight, factors, bias, *options)
+    else:
+        out = calls.linear(call, input, weight, factors, bias)
+    return out
+
+
+def _is_observed() -> bool:
+    """Whether PyTorch's dispatcher has to see the operators: fake tensors, tracing, selective checkpointing."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
+def _autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast would act on what is called for `tensor`; operators turn it off for themselves."""
+    device_type = tensor.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+class _Checked(NamedTuple):
+    """What the checks of a call came to. Calls with the same metadata need no second check."""
+
+    options: Options
+    estimator: Estimator
+    out_features: int
+    call: Call | None
+    """None where only the operators can serve the call: tensor subclasses and devices without data."""
+
+
+_checked: dict[tuple[object, ...], _Checked] = {}
+_MOST_CHECKED = 4096
+"""Kinds of calls remembered; a model has a few for each shape of layer and number of tokens."""
 
 
 def dual_lora_linear(
@@ -126,9 +173,86 @@ def dual_lora_linear(
             "dual_lora_linear does not support forward-mode differentiation: its kernels would drop the tangent. Use "
             "autograd's backward."
         )
+    backend = default_backend() if backend is None else backend
+    tensors = (input, weight, A, B, C, D, bias)
+    if torch.compiler.is_compiling():
+        checked, call = _check(*tensors, ste, rounding, backend, clip_bound), None
+        scale = as_scale_tensor(scale, A)
+    else:
+        if type(scale) is not torch.Tensor:
+            check_tensor("A", A)
+            scale = as_scale_tensor(scale, A)
+        checked = _remembered(*tensors, scale, ste, rounding, backend, clip_bound)
+        call = None if _is_observed() or _autocasts(input) else checked.call
+    rows = input if call is not None else input.to(compute_dtype(input))
+    if rows.dim() != 2:
+        rows = rows.reshape(-1, rows.shape[-1])
+    differentiable = (rows, weight, A, B, C, D, bias)
+    out: torch.Tensor
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable]):
+        out = DualLoraFunction.apply(*differentiable, scale, checked.estimator, checked.options, call)
+    else:
+        out = _linear(call, checked.options, rows, weight, (A, B, C, D, scale), bias)
+    return out if input.dim() == 2 else out.view(*input.shape[:-1], checked.out_features)
+
+
+def _remembered(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    ste: str,
+    rounding: str,
+    backend: str,
+    clip_bound: float,
+) -> _Checked:
+    """`_check`, once for all calls whose tensors have the same metadata and whose settings are the same.
+
+    The checks and the choice of a backend took 45 µs of a call, this takes 8 (docs/decisions.md).
+    """
+    try:
+        key: tuple[object, ...] = (
+            ste, rounding, backend, clip_bound, type(clip_bound), current_settings(),
+            *(each for t in (input, A, B, C, D, scale) for each in (type(t), t.shape, t.dtype, t.device, t.layout)),
+            *(
+                each for t in (weight, bias) if t is not None
+                for each in (t is bias, type(t), t.shape, t.dtype, t.device, t.layout)
+            ),
+            scale.requires_grad,
+        )  # fmt: skip
+        known = _checked.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # what is no dense tensor, or no setting: the checks say which
+        key, known = (), None
+    if known is None:
+        known = _check(input, weight, A, B, C, D, bias, ste, rounding, backend, clip_bound)
+        as_scale_tensor(scale, A)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        if key:
+            _checked[key] = known
+    return known
+
+
+def _check(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    bias: torch.Tensor | None,
+    ste: str,
+    rounding: str,
+    backend: str,
+    clip_bound: float,
+) -> _Checked:
+    """Check all arguments of `dual_lora_linear` but the scale."""
     clip_bound = check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
-    backend = default_backend() if backend is None else backend
     check_backend_name(backend)
     in_features, out_features = check_factors(A, B, C, D)
     if weight is not None:
@@ -149,18 +273,12 @@ def dual_lora_linear(
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [out_features] = [{out_features}], from B")
         if bias.device != A.device:
             raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
-    scale = as_scale_tensor(scale, A)
     options = Options(rounding, backend, *current_settings())
-
-    input = input.to(compute_dtype(input))
-    rows = input.reshape(-1, in_features)
-    differentiable = (rows, weight, A, B, C, D, bias)
-    out: torch.Tensor
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        out = DualLoraFunction.apply(*differentiable, scale, Estimator(ste, clip_bound), options)
-    else:
-        out = _ops.linear(rows, weight, (A, B, C, D, scale), bias, *options)
-    return out.view(*input.shape[:-1], out_features)
+    plain = all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in (input, weight, A, B, C, D, bias))
+    call = None
+    if plain and not torch.compiler.is_compiling() and A.device.type != "meta":
+        call = options.resolve(A.device, input.dtype, A.dtype)
+    return _Checked(options, Estimator(ste, clip_bound), out_features, call)
 
 
 def compute_dtype(input: torch.Tensor) -> torch.dtype:

@@ -264,7 +264,9 @@ class DualLoraLinear(nn.Module):
     def _adapted(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         """`dual_lora_linear` with this layer's factors and options."""
         # FSDP's buffer_dtype and the like write buffers without asking the module.
-        scale = self.scale.to(torch.float32)
+        scale = self.scale
+        if scale.dtype != torch.float32:
+            scale = scale.to(torch.float32)
         return dual_lora_linear(
             input, weight, self.A, self.B, self.C, self.D, scale, bias,
             ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound,

@@ -8,7 +8,8 @@ import torch
 
 from . import panels
 from .backends import Block, DenseBase, Factors, check_backend_name, resolve_backend
-from .ops import NAMESPACE, Options
+from .calls import Options
+from .ops import NAMESPACE
 from .precision import accumulation_dtype
 from .runtime_settings import current_settings, default_backend
 from .validation import (

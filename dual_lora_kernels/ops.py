@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from . import panels, passes
-from .backends import Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
-from .precision import accumulation_dtype
+from . import calls, panels
+from .backends import Estimator, Factors
+from .calls import Options
 from .validation import check_scale_value
 
 NAMESPACE = "dual_lora_kernels"
@@ -29,24 +29,6 @@ _library.define(
     f"{_OPTIONS}) -> Tensor[]"
 )
 _library.define(f"merge_(Tensor(a!) weight, Tensor[] factors, {_OPTIONS}) -> ()")
-
-
-class Options(NamedTuple):
-    """How a call is computed: the last arguments of every operator. A backward pass is handed its forward pass's."""
-
-    rounding: str
-    backend: str
-    strategy: str
-    workspace: int
-
-    @property
-    def settings(self) -> Settings:
-        """How passes run."""
-        return Settings(self.strategy, self.workspace)
-
-    def block(self, weight: torch.Tensor | None, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> Block:
-        """The full weight as one block."""
-        return Block(base_of(weight), Factors(*factors), self.rounding, dtype)
 
 
 def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -76,11 +58,6 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy where BLAS would make one for every panel (expanded or doubly strided operands), else the tensor."""
-    return tensor if 1 in tensor.stride() and 0 not in tensor.stride() else tensor.contiguous()
-
-
 @_kernel("linear")
 def linear_kernel(
     input: torch.Tensor,
@@ -89,13 +66,9 @@ def linear_kernel(
     bias: torch.Tensor | None,
     *options: Any,
 ) -> torch.Tensor:
-    """Y [M, N] from X [M, K], in X's dtype."""
-    call = Options(*options)
-    block = call.block(weight, factors, input.dtype)
-    check_scale_value(block.factors.scale)
-    backend = resolve_backend(call.backend, input.device, input.dtype, block.factors.A.dtype)
-    bias = None if bias is None else bias.to(input.dtype).contiguous()
-    return passes.forward(_dense(input), block, bias, backend, call.settings)
+    """`calls.linear`."""
+    call = Options(*options).resolve(input.device, input.dtype, factors[0].dtype)
+    return calls.linear(call, input, weight, factors, bias)
 
 
 @_fake("linear")
@@ -114,28 +87,9 @@ def gradients_kernel(
     clip_bound: float,
     *options: Any,
 ) -> list[torch.Tensor]:
-    """The gradients of those of (input, A, B, C, D, weight) that `wanted` marks, in that order, from G [M, N].
-
-    ∂X [M, K] comes in G's dtype, the parameters' in theirs. `input` may be None where only ∂X is wanted.
-    """
-    call = Options(*options)
-    block = call.block(weight, factors, grad.dtype)
-    dtype = block.factors.A.dtype
-    backend = resolve_backend(call.backend, grad.device, grad.dtype, dtype)
-    wide = accumulation_dtype(torch.promote_types(grad.dtype, dtype))
-    grad_weight = _weight_gradient(grad, weight) if wanted[5] else None
-    gradients = ParameterGradients.zeros(block.factors, wanted[1:5], wide)._replace(weight=grad_weight)
-    rows = None if input is None else _dense(input)
-    estimator = Estimator(ste, clip_bound)
-    grad_input = passes.gradients(_dense(grad), rows, wanted[0], block, estimator, gradients, backend, call.settings)
-    results = [accumulator.to(dtype) for accumulator in gradients[:4] if accumulator is not None]
-    return [*([] if grad_input is None else [grad_input]), *results, *([] if grad_weight is None else [grad_weight])]
-
-
-def _weight_gradient(grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Contiguous memory for ∂W0."""
-    assert weight is not None, "a gradient of no weight cannot be wanted"
-    return grad.new_empty(weight.shape, dtype=weight.dtype)
+    """`calls.gradients`."""
+    call = Options(*options).resolve(grad.device, grad.dtype, factors[0].dtype)
+    return calls.gradients(call, grad, input, weight, factors, wanted, Estimator(ste, clip_bound))
 
 
 @_fake("gradients")
@@ -149,17 +103,16 @@ def _(
 ) -> list[torch.Tensor]:
     results = [grad.new_empty(grad.shape[0], factors[0].shape[1])] if wanted[0] else []
     results += [torch.empty_like(f) for f, want in zip(factors[:4], wanted[1:5], strict=True) if want]
-    return [*results, _weight_gradient(grad, weight)] if wanted[5] else results
+    return [*results, calls.weight_gradient(grad, weight)] if wanted[5] else results
 
 
 @_kernel("merge_")
 def merge_kernel(weight: torch.Tensor, factors: Sequence[torch.Tensor], *options: Any) -> None:
     """W0 ← round(W0 + ΔW), in place."""
-    call = Options(*options)
+    call = Options(*options).resolve(weight.device, weight.dtype, factors[0].dtype)
     block = call.block(weight, factors, weight.dtype)
     check_scale_value(block.factors.scale)
-    backend = resolve_backend(call.backend, weight.device, weight.dtype, block.factors.A.dtype)
-    panels.write_weight(weight, block, backend, call.settings)
+    panels.write_weight(weight, block, call.backend, call.settings)
     torch.autograd.graph.increment_version(weight)  # kernels write past PyTorch's own counting
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dual_lora_kernels import backends, cli, panels, self_check, strategy, workspace_bytes
+from dual_lora_kernels import backends, cli, functional, panels, self_check, strategy, workspace_bytes
 from dual_lora_kernels.backends import Block, Estimator, ParameterGradients, Settings
 from dual_lora_kernels.backends.eager import EagerBackend
 from dual_lora_kernels.self_check import Outcome, checks
@@ -25,6 +25,7 @@ def _only_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small sizes, on CPUs, and the settings as before in the end."""
     run = self_check.run
     monkeypatch.setattr(self_check, "run", lambda _, *reports: run(["cpu"], *reports, small=True))
+    monkeypatch.setattr(functional, "_checked", {})  # calls remember their backend, which tests here replace
     before = strategy(), workspace_bytes(), torch.get_num_threads()
     yield
     assert (strategy(), workspace_bytes(), torch.get_num_threads()) == before

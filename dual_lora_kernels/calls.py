@@ -1,0 +1,96 @@
+"""The layer's forward and backward pass from tensors to tensors, with the backend that a call's options resolve to.
+
+PyTorch's dispatcher comes here through the operators of `ops`, and plain calls come here directly (`functional`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import passes
+from .backends import Backend, Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
+from .precision import accumulation_dtype
+from .validation import check_scale_value
+
+
+class Options(NamedTuple):
+    """How a call is computed: the last arguments of every operator. A backward pass is handed its forward pass's."""
+
+    rounding: str
+    backend: str
+    strategy: str
+    workspace: int
+
+    def resolve(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> Call:
+        """The options with the backend that serves such a call. Raises as `resolve_backend` does."""
+        backend = resolve_backend(self.backend, device, compute_dtype, factor_dtype)
+        return Call(self.rounding, backend, Settings(self.strategy, self.workspace))
+
+
+class Call(NamedTuple):
+    """`Options` once the backend is known."""
+
+    rounding: str
+    backend: Backend
+    settings: Settings
+
+    def block(self, weight: torch.Tensor | None, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> Block:
+        """The full weight as one block."""
+        return Block(base_of(weight), Factors(*factors), self.rounding, dtype)
+
+
+def linear(
+    call: Call,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    factors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Y [M, N] from X [M, K], in X's dtype. `factors` are A, B, C, D and the scale.
+
+    Neither autograd nor autocast may act on what is called here: autocast would round the factors.
+    """
+    block = call.block(weight, factors, input.dtype)
+    check_scale_value(block.factors.scale)
+    if bias is not None:
+        bias = bias.to(input.dtype).contiguous()
+    return passes.forward(_dense(input), block, bias, call.backend, call.settings)
+
+
+def gradients(
+    call: Call,
+    grad: torch.Tensor,
+    input: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    factors: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+    estimator: Estimator,
+) -> list[torch.Tensor]:
+    """The gradients of those of (input, A, B, C, D, weight) that `wanted` marks, in that order, from G [M, N].
+
+    ∂X [M, K] comes in G's dtype, the parameters' in theirs. `input` may be None where only ∂X is wanted.
+    """
+    block = call.block(weight, factors, grad.dtype)
+    dtype = block.factors.A.dtype
+    wide = accumulation_dtype(torch.promote_types(grad.dtype, dtype))
+    grad_weight = weight_gradient(grad, weight) if wanted[5] else None
+    targets = ParameterGradients.zeros(block.factors, wanted[1:5], wide)._replace(weight=grad_weight)
+    rows = None if input is None else _dense(input)
+    grad_input = passes.gradients(_dense(grad), rows, wanted[0], block, estimator, targets, call.backend, call.settings)
+    results = [accumulator.to(dtype) for accumulator in targets[:4] if accumulator is not None]
+    return [*([] if grad_input is None else [grad_input]), *results, *([] if grad_weight is None else [grad_weight])]
+
+
+def weight_gradient(grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Contiguous memory for ∂W0."""
+    assert weight is not None, "a gradient of no weight cannot be wanted"
+    return grad.new_empty(weight.shape, dtype=weight.dtype)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where BLAS would make one for every panel (expanded or doubly strided operands), else the tensor."""
+    strides = tensor.stride()
+    return tensor if 1 in strides and 0 not in strides else tensor.contiguous()
