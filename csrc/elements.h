@@ -1,12 +1,16 @@
 // Elements of any dtype and stride, to and from blocks of the accumulation type; rounding with its dither.
 #pragma once
 
-#include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include DUAL_LORA_VECTORS
 #include "job.h"
 #include "vectors/lanes.h"
+
+// What works in registers must not be left to the compiler's judgement: a call passes vectors through memory.
+#define DUAL_LORA_INLINE inline __attribute__((always_inline))
+#define DUAL_LORA_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
@@ -40,22 +44,59 @@ inline uint32_t column_hash(int64_t col) { return mix(static_cast<uint32_t>(col 
 
 // ---- one element
 
-constexpr uint32_t kQuietNan = 0x7FC00000u;
-
 inline float bfloat16_to_float(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-// To nearest even; selects instead of branches, so that the loop over a row becomes vector code.
-inline uint16_t bfloat16_nearest(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? kQuietNan >> 16 : rounded);
+// ---- vectors as they are stored: in their own type, or (fp32 vectors) in 16 bits
+
+template <class V>
+struct Own {
+  using Element = typename V::scalar;
+  static V load(const Element* p) { return V::load(p); }
+  static void store(const V& x, Element* p) { x.store(p); }
+  static void stream(const V& x, Element* p) { x.stream(p); }
+};
+
+// What is stored must lie on the 16-bit grid already.
+struct Bfloat16 {
+  using Element = uint16_t;
+  static F32 load(const Element* p) { return F32::load_bfloat16(p); }
+  static void store(const F32& x, Element* p) { x.store_bfloat16(p); }
+  static void stream(const F32& x, Element* p) { x.store_bfloat16(p); }
+};
+
+struct Half {
+  using Element = uint16_t;
+  static F32 load(const Element* p) { return F32::load_half(p); }
+  static void store(const F32& x, Element* p) { x.store_half(p); }
+  static void stream(const F32& x, Element* p) { x.store_half(p); }
+};
+
+// Calls use(storage) for vectors V stored as `dtype`: V's own, or for fp32 vectors a 16-bit one.
+template <class V, class Use>
+DUAL_LORA_INLINE void with_storage(Dtype dtype, Use&& use) {
+  if constexpr (std::is_same_v<V, F32>) {
+    if (dtype == Dtype::bfloat16) return use(Bfloat16{});
+    if (dtype == Dtype::float16) return use(Half{});
+  }
+  use(Own<V>{});
 }
 
-// The field's top bits added under the kept significand, then cut off. A NaN's bits could wrap, so it is replaced.
-template <int dropped>
-inline uint32_t dithered_bits(float x, uint32_t field) {
-  const uint32_t bits = (bits_of(x) + (field >> (32 - dropped))) & ~((1u << dropped) - 1);
-  return x != x ? kQuietNan : bits;
+// ---- rounding to a dtype's grid, as rounding.round_to; the numbers stay fp32
+
+// The dither of a vector: its row's hash and those of its columns. Without hashes, rounding is to nearest.
+struct Dither {
+  uint32_t row;
+  const uint32_t* columns;
+};
+
+// The dither keeps a significand's length, so that below fp16's normal numbers its grid needs a rounding of its own.
+DUAL_LORA_INLINE F32 on_grid(F32 x, Dtype grid, Dither dither) {
+  const bool dithers = dither.columns != nullptr;
+  if (grid == Dtype::bfloat16)
+    return dithers ? x.template dithered<16>(dither.row, dither.columns) : x.nearest_bfloat16();
+  if (grid == Dtype::float16)
+    return dithers ? x.template dithered<13>(dither.row, dither.columns).nearest_half() : x.nearest_half();
+  return x;
 }
 
 // ---- rows of `count` dense elements
@@ -90,54 +131,34 @@ inline void widen(const void* from, Dtype dtype, typename V::scalar* to, int64_t
   }
 }
 
-inline void narrow_to_half(const float* from, uint16_t* to, int64_t count) {
-  int64_t j = 0;
-  for (; j + F32::lanes <= count; j += F32::lanes) F32::load(from + j).store_half(to + j);
-  if (j < count) {
-    float tail[F32::lanes] = {};
-    uint16_t part[F32::lanes];
-    std::memcpy(tail, from + j, static_cast<size_t>(count - j) * sizeof(float));
-    F32::load(tail).store_half(part);
-    std::memcpy(to + j, part, static_cast<size_t>(count - j) * sizeof(uint16_t));
-  }
-}
+constexpr int64_t kPiece = 64;  // elements of a row that are gathered at a time, on the stack
 
-constexpr int64_t kPiece = 64;  // elements of a row that are rounded or gathered at a time, on the stack
-
-// The dither of one row: its hash and those of the columns. Without hashes, rounding is to nearest.
-struct Dither {
-  uint32_t row;
-  const uint32_t* columns;
-};
-
-// One rounding of `from` to `dtype`, as rounding.round_to: wider types go through fp32, as PyTorch's conversions do.
+// One rounding of `from` to the grid of `grid`, stored as `dtype`: wider types go through fp32 to 16 bits, as PyTorch's
+// conversions do.
 template <class T>
-inline void round_row(const T* from, void* to, Dtype dtype, int64_t count, Dither dither) {
-  if (dtype == Dtype::float32) {
+inline void round_row(const T* from, void* to, Dtype dtype, Dtype grid, int64_t count, Dither dither) {
+  const bool is_rounded = grid == Dtype::bfloat16 || grid == Dtype::float16;
+  if (!is_rounded && dtype == Dtype::float32) {
     for (int64_t j = 0; j < count; ++j) static_cast<float*>(to)[j] = static_cast<float>(from[j]);
     return;
   }
-  if (dtype == Dtype::float64) {
+  if (!is_rounded && dtype == Dtype::float64) {
     for (int64_t j = 0; j < count; ++j) static_cast<double*>(to)[j] = static_cast<double>(from[j]);
     return;
   }
-  uint16_t* out = static_cast<uint16_t*>(to);
-  for (int64_t start = 0; start < count; start += kPiece) {
-    const int64_t piece = smaller(kPiece, count - start);
-    float values[kPiece];
-    for (int64_t j = 0; j < piece; ++j) values[j] = static_cast<float>(from[start + j]);
-    const uint32_t* columns = dither.columns == nullptr ? nullptr : dither.columns + start;
-    if (dtype == Dtype::bfloat16 && columns == nullptr) {
-      for (int64_t j = 0; j < piece; ++j) out[start + j] = bfloat16_nearest(values[j]);
-    } else if (dtype == Dtype::bfloat16) {
-      for (int64_t j = 0; j < piece; ++j)
-        out[start + j] = static_cast<uint16_t>(dithered_bits<16>(values[j], dither.row * columns[j]) >> 16);
-    } else {
-      if (columns != nullptr)
-        for (int64_t j = 0; j < piece; ++j) values[j] = float_of(dithered_bits<13>(values[j], dither.row * columns[j]));
-      narrow_to_half(values, out + start, piece);
+  with_storage<F32>(dtype, [&](auto storage) {
+    using Element = typename decltype(storage)::Element;
+    Element* out = static_cast<Element*>(to);
+    for (int64_t j = 0; j < count; j += F32::lanes) {
+      const int64_t piece = smaller(F32::lanes, count - j);
+      float values[F32::lanes] = {};
+      Element rounded[F32::lanes];
+      for (int64_t lane = 0; lane < piece; ++lane) values[lane] = static_cast<float>(from[j + lane]);
+      const Dither near = {dither.row, dither.columns == nullptr ? nullptr : dither.columns + j};
+      storage.store(on_grid(F32::load(values), grid, near), rounded);
+      std::memcpy(out + j, rounded, static_cast<size_t>(piece) * sizeof(Element));
     }
-  }
+  });
 }
 
 // ---- blocks
@@ -207,19 +228,21 @@ struct Field {
   Dither row(int64_t i, int64_t j) const { return rows == nullptr ? Dither{0, nullptr} : Dither{rows[i], columns + j}; }
 };
 
-// Rounds `from` [rows, stride], at most kRowBlock rows, into the first rows × cols of `m`.
+// Rounds `from` [rows, stride], at most kRowBlock rows, to the grid of `grid` into the first rows × cols of `m`.
 template <class T>
-inline void store_block(const T* from, int64_t stride, const Matrix& m, int64_t rows, int64_t cols, Field field) {
+inline void store_block(const T* from, int64_t stride, const Matrix& m, Dtype grid, int64_t rows, int64_t cols,
+                        Field field) {
   const int64_t size = static_cast<int64_t>(size_of(m.dtype));
   if (has_dense_rows(m, cols)) {
-    for (int64_t i = 0; i < rows; ++i) round_row(from + i * stride, at(m, i, 0).data, m.dtype, cols, field.row(i, 0));
+    for (int64_t i = 0; i < rows; ++i)
+      round_row(from + i * stride, at(m, i, 0).data, m.dtype, grid, cols, field.row(i, 0));
     return;
   }
   alignas(8) unsigned char dense[kRowBlock * kPiece * 8];
   for (int64_t j = 0; j < cols; j += kPiece) {
     const int64_t piece = smaller(kPiece, cols - j);
     for (int64_t i = 0; i < rows; ++i)
-      round_row(from + i * stride + j, dense + i * kPiece * size, m.dtype, piece, field.row(i, j));
+      round_row(from + i * stride + j, dense + i * kPiece * size, m.dtype, grid, piece, field.row(i, j));
     transfer<true>(at(m, 0, j), rows, piece, dense);
   }
 }

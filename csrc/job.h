@@ -51,32 +51,36 @@ struct Packed {
   PackedPair magnitude, direction;
 };
 
-// out = round(W0 + ΔW); `row0`, `col0` place the block in the full weight, for the dither.
+// out = round(W0 + ΔW), rounded to the grid of `grid`, which `out`'s own dtype holds; `row0`, `col0` place the block in
+// the full weight, for the dither.
 struct WeightJob {
   Factors factors;
   Packed packed;  // in the factors' accumulation type
   Matrix out, weight;
+  Dtype grid;
   int64_t row0, col0;
   bool dithers;
   bool streams;  // write past the caches, if that is possible
 };
 
-// Partial sums of the factors' gradients from H, and W as well where `weight_job.out` is there (it may be H itself).
+// Partial sums of the factors' gradients from H, of any dtype that the accumulation type holds, and W as well where
+// `weight_job.out` is there (it may be H itself).
 struct GradientJob {
   WeightJob weight_job;
   Matrix h;
-  Packed wide_packed;  // in H's dtype
+  bool is_wide;        // the sums are fp64, else fp32
+  Packed wide_packed;  // in the sums' type
   StraightThrough ste;
   bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
 };
 
 // Y = X Wᵀ + b for few tokens, W rebuilt and used in cache.
 struct TokenJob {
-  WeightJob weight_job;  // `out` only says the dtype that W is rounded to
+  WeightJob weight_job;  // without `out`
   Matrix x, y, bias;
 };
 
-// Partial sums of one unit of a GradientJob, in H's dtype. `down`: [padded ranks, down_stride] for A and C; `up`:
+// Partial sums of one unit of a GradientJob. `down`: [padded ranks, down_stride] for A and C; `up`:
 // [unit's rows, padded ranks] for B and D.
 struct Partials {
   void* down;

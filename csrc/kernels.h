@@ -66,18 +66,18 @@ struct GradientMemory {
 constexpr int64_t kChunk = 96;
 
 // ∂P and ∂Q of one tile, from H, into blocks.
-template <class V, int R, int C>
-DUAL_LORA_INLINE void store_gradients(const typename V::scalar* h, int64_t h_stride, const V (&p)[R][C],
-                                      const V (&q)[R][C], const GradientJob& job, typename V::scalar* grad_p,
-                                      typename V::scalar* grad_q) {
+template <class V, int R, int C, class Storage>
+DUAL_LORA_INLINE void store_gradients(Storage, const typename Storage::Element* h, int64_t h_stride,
+                                      const V (&p)[R][C], const V (&q)[R][C], const GradientJob& job,
+                                      typename V::scalar* grad_p, typename V::scalar* grad_q) {
   using T = typename V::scalar;
   const V scale = V::set(static_cast<T>(job.weight_job.factors.scale)),
           bound = V::set(static_cast<T>(job.ste.clip_bound));
   DUAL_LORA_UNROLL(i, R)
     DUAL_LORA_UNROLL(c, C) {
-      const T* from = h + i * h_stride + c * V::lanes;
+      const auto* from = h + i * h_stride + c * V::lanes;
       __builtin_prefetch(from + kRowBlock * h_stride, 0, 2);
-      const auto grads = product_gradients(V::load(from), p[i][c], q[i][c], scale, job.ste.estimator, bound);
+      const auto grads = product_gradients(Storage::load(from), p[i][c], q[i][c], scale, job.ste.estimator, bound);
       grads.p.store(grad_p + i * kStride + c * V::lanes);
       grads.q.store(grad_q + i * kStride + c * V::lanes);
     }
@@ -105,18 +105,16 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
   const auto wide_magnitude = wide.magnitude(range.row, range.col),
              wide_direction = wide.direction(range.row, range.col);
   work.block.set_columns(range.col, range.cols);
-  for (int64_t i = 0; i < ranks * kStride; ++i) work.down[i] = 0;
+  for (int64_t r = 0; r < ranks; ++r)
+    for (int64_t j = 0; j < cols; ++j) work.down[r * kStride + j] = 0;
   T* up = static_cast<T*>(partials.up);
 
   for (int64_t start = 0; start < range.rows; start += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, range.rows - start);
-    const Matrix h_view = at(job.h, range.row + start, range.col);
-    const T* h = static_cast<const T*>(h_view.data);
-    int64_t h_stride = h_view.row_stride;
-    if (!is_direct<V>(h_view, range.cols)) {
-      load_block<H>(h_view, rows, range.cols, work.h, kStride, cols);
-      h = work.h;
-      h_stride = kStride;
+    Matrix h = at(job.h, range.row + start, range.col);
+    if (is_mixed || !is_direct<H>(h, range.cols)) {
+      load_block<H>(h, rows, range.cols, work.h, kStride, cols);
+      h = {work.h, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, rows, cols, kStride, 1};
     }
     for (int64_t i = 0; i < rows * ranks; ++i) work.up[i] = 0;
     if (writes_weight) work.block.begin(range.row + start, rows, at(job.weight_job.out, range.row + start, range.col));
@@ -129,7 +127,11 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
               store_tile(p, work.p + place);
               store_tile(q, work.q + place);
             } else {
-              store_gradients(h + row * h_stride + col, h_stride, p, q, job, work.grad_p + place, work.grad_q + place);
+              with_storage<V>(h.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
+                const auto* from = static_cast<const typename decltype(storage)::Element*>(h.data);
+                store_gradients(storage, from + row * h.row_stride + col, h.row_stride, p, q, job, work.grad_p + place,
+                                work.grad_q + place);
+              });
             }
             if (writes_weight) work.block.put(row, col, p, q);
           });
@@ -138,7 +140,7 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
           for (int64_t j = chunk; j < stop; ++j) {
             const int64_t place = i * kStride + j;
             const One p[1][1] = {{One::set(work.p[place])}}, q[1][1] = {{One::set(work.q[place])}};
-            store_gradients(h + i * h_stride + j, h_stride, p, q, job, work.grad_p + place, work.grad_q + place);
+            store_gradients(Own<One>{}, work.h + place, kStride, p, q, job, work.grad_p + place, work.grad_q + place);
           }
       }
       // Of the chunk's columns, padded to whole vectors, only `present` are the job's: in the others P may be 0 · ∞.
@@ -173,18 +175,16 @@ template <class V>
 struct TokenMemory {
   using T = typename V::scalar;
   WeightBlock<V> block;
-  T* weight;      // W of one block, as numbers on the output dtype's grid
-  void* rounded;  // the same in the output dtype, where that is narrower
-  T* x;           // [tokens, kStride]
-  T* sums;        // [kTokenRows, tokens] vectors
-  T* y;           // [kTokenRows], of one token; so is the bias
+  T* weight;  // W of one block, as numbers on the grid
+  T* x;       // [tokens, kStride]
+  T* sums;    // [kTokenRows, tokens] vectors
+  T* y;       // [kTokenRows], of one token; so is the bias
   T* bias;
   size_t used;
 
   TokenMemory(Scratch scratch, const TokenJob& job)
       : block(scratch, job.weight_job),
         weight(scratch.take<T>(kRowBlock * kStride)),
-        rounded(scratch.take<T>(kRowBlock * kStride)),
         x(scratch.take<T>(padded_tokens(job.x.rows) * kStride)),
         sums(scratch.take<T>(kTokenRows * padded_tokens(job.x.rows) * V::lanes)),
         y(scratch.take<T>(kTokenRows)),
@@ -198,9 +198,7 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
   const Factors& factors = job.weight_job.factors;
   const int64_t tokens = padded_tokens(job.x.rows), in_features = factors.A.cols;
   TokenMemory<V> work({static_cast<char*>(memory)}, job);
-  const Dtype dtype = job.weight_job.out.dtype;
-  const bool is_wide = dtype == (sizeof(T) == 4 ? Dtype::float32 : Dtype::float64);
-  const Matrix rounded = {is_wide ? work.weight : work.rounded, dtype, kRowBlock, kStride, kStride, 1};
+  const Matrix weight = {work.weight, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, kRowBlock, kStride, kStride, 1};
   const PackedFactors<V> packed(factors, job.weight_job.packed);
   for (int64_t i = 0; i < rows * tokens * V::lanes; ++i) work.sums[i] = 0;
   for (int64_t col = 0; col < in_features; col += kUnitCols) {
@@ -211,11 +209,12 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
     work.block.set_columns(col, cols);
     for (int64_t start = 0; start < rows; start += kRowBlock) {
       const int64_t block = smaller(kRowBlock, rows - start);
-      work.block.begin(row + start, block, rounded);
+      work.block.begin(row + start, block, weight);
       for_each_tile<V>(magnitude, direction, start, block, 0, padded,
                        [&](int64_t i, int64_t j, const auto& p, const auto& q) { work.block.put(i, j, p, q); });
       work.block.end();
-      if (!is_wide || cols < padded) load_block<V>(rounded, block, cols, work.weight, kStride, padded);
+      for (int64_t i = 0; i < block; ++i)
+        for (int64_t j = cols; j < padded; ++j) work.weight[i * kStride + j] = 0;
       T* sums = work.sums + start * tokens * V::lanes;
       if (tokens == 1) token_product<V, 1>(work.weight, block, padded, work.x, tokens, sums);
       else token_product<V, kTokenStep>(work.weight, block, padded, work.x, tokens, sums);
@@ -227,7 +226,7 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
       const T product = sum(V::load(work.sums + (i * tokens + token) * V::lanes));
       work.y[i] = job.bias.data == nullptr ? product : product + work.bias[i];
     }
-    store_block(work.y, kTokenRows, at(job.y, token, row), 1, rows, {nullptr, nullptr});
+    store_block(work.y, kTokenRows, at(job.y, token, row), job.y.dtype, 1, rows, {nullptr, nullptr});
   }
 }
 
@@ -260,13 +259,13 @@ inline void weight(const WeightJob& job, Range range, void* scratch) {
 
 inline size_t gradient_scratch(const GradientJob& job) {
   if (is_wide(job.weight_job.factors.A.dtype)) return GradientMemory<F64, F64>({nullptr}, job).used;
-  if (is_wide(job.h.dtype)) return GradientMemory<F32, F64>({nullptr}, job).used;
+  if (job.is_wide) return GradientMemory<F32, F64>({nullptr}, job).used;
   return GradientMemory<F32, F32>({nullptr}, job).used;
 }
 
 inline void gradient(const GradientJob& job, Range range, const Partials& partials, void* scratch) {
   if (is_wide(job.weight_job.factors.A.dtype)) gradient_kernel<F64, F64>(job, range, partials, scratch);
-  else if (is_wide(job.h.dtype)) gradient_kernel<F32, F64>(job, range, partials, scratch);
+  else if (job.is_wide) gradient_kernel<F32, F64>(job, range, partials, scratch);
   else gradient_kernel<F32, F32>(job, range, partials, scratch);
 }
 

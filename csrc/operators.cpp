@@ -30,17 +30,18 @@ using torch::stable::Tensor;
 
 const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+Dtype dtype_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
     case ScalarType::Float: return Dtype::float32;
     case ScalarType::Double: return Dtype::float64;
     case ScalarType::BFloat16: return Dtype::bfloat16;
     case ScalarType::Half: return Dtype::float16;
     default:
-      STD_TORCH_CHECK(false, name, ": got ", name_of(tensor.scalar_type()),
-                      ", expected float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false, name, ": got ", name_of(dtype), ", expected float32, float64, bfloat16 or float16");
   }
 }
+
+Dtype dtype_of(const Tensor& tensor, const char* name) { return dtype_of(tensor.scalar_type(), name); }
 
 Matrix matrix(const Tensor& tensor, const char* name) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -87,13 +88,13 @@ Factors factors_of(const std::vector<Tensor>& tensors) {
   return factors;
 }
 
-WeightJob weight_job(const Matrix& out, const OptionalTensor& weight, const Factors& factors,
+WeightJob weight_job(const Matrix& out, const OptionalTensor& weight, const Factors& factors, Dtype grid,
                      const OptionalOrigin& dither) {
   const Matrix base = matrix(weight, "weight");
   if (weight.has_value()) check_shape(base, "weight", factors.B.rows, factors.A.cols);
   STD_TORCH_CHECK(!dither.has_value() || dither->size() == 2, "dither: expected a row and a column");
-  const bool has_dither = out.dtype == Dtype::bfloat16 || out.dtype == Dtype::float16;
-  WeightJob job = {factors, {}, out, base, 0, 0, dither.has_value() && has_dither, false};
+  const bool has_dither = grid == Dtype::bfloat16 || grid == Dtype::float16;
+  WeightJob job = {factors, {}, out, base, grid, 0, 0, dither.has_value() && has_dither, false};
   if (dither.has_value()) job.row0 = (*dither)[0], job.col0 = (*dither)[1];
   return job;
 }
@@ -143,12 +144,28 @@ Grid grid_of(const Factors& factors, int64_t units) {
   return {rows, cols, std::max(kRowBlock, count(wanted, kRowBlock) * kRowBlock), kUnitCols};
 }
 
+// Multiply-adds up to which a second thread is left alone: it takes 10 µs to begin, 50 where it sleeps between regions
+// (OMP_WAIT_POLICY), and these are done in about 50.
+constexpr int64_t kLittleWork = int64_t{1} << 21;
+
+// Calls run(begin, end) on ranges of 0 … count, which cost `work` multiply-adds altogether.
 template <class F>
-void for_each_unit(int64_t units, size_t scratch, const F& run) {
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+void share(int64_t count, int64_t grain, int64_t work, const F& run) {
+  if (work <= kLittleWork) run(int64_t{0}, count);
+  else torch::stable::parallel_for(0, count, grain, run);
+}
+
+template <class F>
+void for_each_unit(int64_t units, size_t scratch, int64_t work, const F& run) {
+  share(units, 1, work, [&](int64_t begin, int64_t end) {
     void* memory = thread_scratch(scratch);
     for (int64_t unit = begin; unit < end; ++unit) run(unit, memory);
   });
+}
+
+// Of P and Q of a whole block; the contractions take twice as many.
+int64_t product_work(const Factors& factors) {
+  return factors.B.rows * factors.A.cols * (factors.A.rows + factors.C.rows);
 }
 
 bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
@@ -171,7 +188,7 @@ class PackedFactors {
     }
     const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
     const KernelTable& kernels = instruction_set().kernels;
-    torch::stable::parallel_for(0, strips + blocks, 16, [&](int64_t begin, int64_t end) {
+    share(strips + blocks, 16, product_work(factors), [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         if (part < strips) kernels.pack_strip(factors, wide, part, view);
         else kernels.pack_block(factors, wide, part - strips, view);
@@ -196,17 +213,25 @@ constexpr int64_t kStreamedElements = int64_t{1} << 20;
 
 // ---- operators
 
+// The grid that W is rounded to. Its storage has the same dtype, or is fp32 where that is narrower.
+Dtype rounding_grid(ScalarType grid, const Tensor& out) {
+  const bool is_wider = out.scalar_type() == ScalarType::Float && (grid == ScalarType::BFloat16 || grid == ScalarType::Half);
+  STD_TORCH_CHECK(grid == out.scalar_type() || is_wider, "grid: got ", name_of(grid), ", expected out's dtype, ",
+                  name_of(out.scalar_type()), ", or a 16-bit one for out in float32");
+  return dtype_of(grid, "grid");
+}
+
 void effective_weight(const Tensor& out, const OptionalTensor& weight, const std::vector<Tensor>& tensors,
-                      const OptionalOrigin& dither) {
+                      ScalarType rounded_to, const OptionalOrigin& dither) {
   const Factors factors = factors_of(tensors);
-  WeightJob job = weight_job(matrix(out, "out"), weight, factors, dither);
+  WeightJob job = weight_job(matrix(out, "out"), weight, factors, rounding_grid(rounded_to, out), dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
   const PackedFactors packed(factors, is_wide(factors), false);
   job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = instruction_set().kernels;
   const Grid grid = grid_of(factors, 128);
-  for_each_unit(grid.units(), kernels.weight_scratch(job), [&](int64_t unit, void* scratch) {
+  for_each_unit(grid.units(), kernels.weight_scratch(job), product_work(factors), [&](int64_t unit, void* scratch) {
     kernels.weight(job, grid.range(unit / grid.strips(), unit % grid.strips()), scratch);
   });
 }
@@ -243,11 +268,12 @@ struct GradientTargets {
 };
 
 Matrix gradient_target(const OptionalTensor& gradient, const char* name, const Matrix& factor, const Tensor& h) {
+  const ScalarType sums = h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Matrix target = matrix(gradient, name);
   if (!gradient.has_value()) return target;
   check_shape(target, name, factor.rows, factor.cols);
-  STD_TORCH_CHECK(gradient->scalar_type() == h.scalar_type(), name, ": got ", name_of(gradient->scalar_type()),
-                  ", expected h's dtype, ", name_of(h.scalar_type()));
+  STD_TORCH_CHECK(gradient->scalar_type() == sums, name, ": got ", name_of(gradient->scalar_type()), ", expected ",
+                  name_of(sums), " for h of ", name_of(h.scalar_type()));
   return target;
 }
 
@@ -271,11 +297,12 @@ void run_section(const GradientJob& job, const GradientTargets& targets, const G
   const auto range = [&](int64_t chunk, int64_t strip) {
     return grid.range(section.chunk + chunk, section.strip + strip);
   };
-  for_each_unit(units, kernels.gradient_scratch(job), [&](int64_t unit, void* scratch) {
+  const int64_t work = units * grid.unit_rows * grid.unit_cols * ranks;
+  for_each_unit(units, kernels.gradient_scratch(job), 3 * work, [&](int64_t unit, void* scratch) {
     kernels.gradient(job, range(unit / strips, unit % strips),
                      {memory + unit * down_size, grid.unit_cols, ups + unit * up_size}, scratch);
   });
-  for_each_unit(strips + section.chunks, 0, [&](int64_t part, void*) {
+  for_each_unit(strips + section.chunks, 0, units * partial_size(grid, ranks), [&](int64_t part, void*) {
     if (part < strips) {  // A and C of one strip, over the chunks
       const Range own = range(0, part);
       const PartialSums<T> down = {memory + part * down_size, grid.unit_cols, section.chunks, strips * down_size};
@@ -301,8 +328,8 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
   const Factors& factors = weight_part.factors;
   const Matrix h_view = matrix(h, "h");
   check_shape(h_view, "h", factors.B.rows, factors.A.cols);
-  STD_TORCH_CHECK(h_view.dtype == Dtype::float64 || (h_view.dtype == Dtype::float32 && !is_wide(factors)), "h: got ",
-                  name_of(h.scalar_type()), ", expected float32, or float64, which float64 factors need");
+  STD_TORCH_CHECK(h_view.dtype == Dtype::float64 || !is_wide(factors), "h: got ", name_of(h.scalar_type()),
+                  ", expected float64, which float64 factors need");
   const int64_t estimator = static_cast<int64_t>(ste.estimator);
   STD_TORCH_CHECK(estimator >= 0 && estimator <= 2, "estimator: got ", estimator, ", expected 0, 1 or 2");
   const GradientTargets targets = {
@@ -316,14 +343,15 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
   const PackedFactors packed(factors, is_wide(factors), !is_mixed);
   std::optional<PackedFactors> wide_packed;
   if (is_mixed) wide_packed.emplace(factors, true, true);
-  GradientJob job = {weight_part, h_view, is_mixed ? wide_packed->view : packed.view, ste};
+  GradientJob job = {weight_part, h_view, size == 8, is_mixed ? wide_packed->view : packed.view, ste};
   job.weight_job.packed = packed.view;
   job.magnitude = targets.A.data != nullptr || targets.B.data != nullptr;
   job.direction = targets.C.data != nullptr || targets.D.data != nullptr;
   const int64_t at_once = workspace / std::max<int64_t>(1, partial_size(grid, ranks) * size);  // without a rank: none
   const int64_t strips = std::clamp<int64_t>(at_once, 1, grid.strips());
   const int64_t chunks = std::clamp<int64_t>(at_once / strips, 1, grid.chunks());
-  const Tensor memory = torch::stable::empty({chunks * strips * partial_size(grid, ranks)}, h.scalar_type());
+  const Tensor memory = torch::stable::empty({chunks * strips * partial_size(grid, ranks)},
+                                             size == 8 ? ScalarType::Double : ScalarType::Float);
   for (int64_t chunk = 0; chunk < grid.chunks(); chunk += chunks) {
     for (int64_t strip = 0; strip < grid.strips(); strip += strips) {
       const Section section = {chunk, std::min(chunks, grid.chunks() - chunk), strip,
@@ -343,11 +371,12 @@ void factor_gradients(const Tensor& h, const std::vector<Tensor>& tensors, const
 }
 
 void weight_and_factor_gradients(const std::vector<OptionalTensor>& results, const OptionalTensor& weight,
-                                 const Tensor& h, const std::vector<Tensor>& tensors, const OptionalOrigin& dither,
-                                 int64_t estimator, double clip_bound, int64_t workspace) {
+                                 const Tensor& h, const std::vector<Tensor>& tensors, ScalarType rounded_to,
+                                 const OptionalOrigin& dither, int64_t estimator, double clip_bound, int64_t workspace) {
   STD_TORCH_CHECK(results.size() == 5 && results[0].has_value(), "results: expected W and the gradients of A, B, C, D");
   const Factors factors = factors_of(tensors);
-  const WeightJob weight_part = weight_job(matrix(results[0], "out"), weight, factors, dither);
+  const WeightJob weight_part =
+      weight_job(matrix(results[0], "out"), weight, factors, rounding_grid(rounded_to, *results[0]), dither);
   check_shape(weight_part.out, "out", factors.B.rows, factors.A.cols);
   sweep(weight_part, h, results.data() + 1, {static_cast<Estimator>(estimator), clip_bound}, workspace);
 }
@@ -367,17 +396,16 @@ void few_tokens(const Tensor& out, const Tensor& input, const OptionalTensor& we
   STD_TORCH_CHECK((x.dtype == Dtype::float64) == (factors.A.dtype == Dtype::float64), "input: got ",
                   name_of(input.scalar_type()), " with factors of ", name_of(tensors[0].scalar_type()),
                   ", expected float64 for both or for neither");
-  Matrix rounded;
-  rounded.dtype = x.dtype;
   if (x.rows == 0) return;
   const OptionalOrigin origin = dither ? OptionalOrigin({0, 0}) : std::nullopt;
-  TokenJob job = {weight_job(rounded, weight, factors, origin), x, y, bias_view};
+  TokenJob job = {weight_job({}, weight, factors, x.dtype, origin), x, y, bias_view};
   const PackedFactors packed(factors, is_wide(factors), false);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = instruction_set().kernels;
   const int64_t rows = factors.B.rows,
                 step = std::clamp<int64_t>(count(rows, 64 * kRowBlock) * kRowBlock, kRowBlock, kTokenRows);
-  for_each_unit(count(rows, step), kernels.token_scratch(job), [&](int64_t unit, void* scratch) {
+  const int64_t work = product_work(factors) + rows * factors.A.cols * x.rows;
+  for_each_unit(count(rows, step), kernels.token_scratch(job), work, [&](int64_t unit, void* scratch) {
     kernels.token(job, unit * step, std::min(step, rows - unit * step), scratch);
   });
 }
@@ -388,15 +416,17 @@ std::string capability() { return instruction_set().name; }
 }  // namespace dual_lora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
-  // factors: A, B, C, D, scale; dither: where the block begins in the dither's field, none for rounding to nearest.
-  m.def("cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor[] factors, int[]? dither) -> ()");
+  // factors: A, B, C, D, scale; grid: the dtype that W is rounded to; dither: where the block begins in the dither's
+  // field, none for rounding to nearest.
+  m.def(
+      "cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor[] factors, ScalarType grid, int[]? dither) -> ()");
   m.def(
       "cpu_factor_gradients(Tensor h, Tensor[] factors, Tensor(a!)?[] gradients, int estimator, float clip_bound, "
       "int workspace) -> ()");
   // results: W, then the gradients of A, B, C and D.
   m.def(
       "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor? weight, Tensor h, Tensor[] factors, "
-      "int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
+      "ScalarType grid, int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
   m.def(
       "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor? weight, Tensor[] factors, Tensor? bias, bool dither) "
       "-> ()");

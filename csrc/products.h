@@ -7,9 +7,6 @@
 
 #include "elements.h"
 
-// What works in registers must not be left to the compiler's judgement: a call passes vectors through memory.
-#define DUAL_LORA_INLINE inline __attribute__((always_inline))
-
 // A loop over the vectors of a tile. Unrolled completely, since only then can each vector stay in a register.
 #define DUAL_LORA_UNROLL(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); ++i)
 

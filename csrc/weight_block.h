@@ -11,15 +11,15 @@ namespace {
 // Whether vectors can be read from and written to a matrix itself.
 template <class V>
 inline bool is_direct(const Matrix& m, int64_t cols) {
-  const Dtype own = sizeof(typename V::scalar) == 4 ? Dtype::float32 : Dtype::float64;
-  return m.dtype == own && m.col_stride == 1 && cols % V::lanes == 0;
+  constexpr bool is_wide = sizeof(typename V::scalar) == 8;
+  return (m.dtype == Dtype::float64) == is_wide && m.col_stride == 1 && cols % V::lanes == 0;
 }
 
 // Whether every vector of dense rows begins at a multiple of its size, as streaming stores need.
 template <class V>
-inline bool is_aligned(const typename V::scalar* rows, int64_t stride) {
+inline bool is_aligned(const Matrix& m) {
   const size_t bytes = V::lanes * sizeof(typename V::scalar);
-  return reinterpret_cast<uintptr_t>(rows) % bytes == 0 && static_cast<size_t>(stride) % V::lanes == 0;
+  return reinterpret_cast<uintptr_t>(m.data) % bytes == 0 && static_cast<size_t>(m.row_stride) % V::lanes == 0;
 }
 
 // Takes P and Q of a unit's blocks, kRowBlock rows at a time: begin(), put() for every vector, end(). What cannot be
@@ -50,75 +50,79 @@ class WeightBlock {
   // Rows of the next block, as indices in the job's block, and where it goes.
   void begin(int64_t row, int64_t rows, const Matrix& out) {
     rows_ = rows;
-    out_ = out;
+    target_ = out_ = out;
     if (job_.dithers)
       for (int64_t i = 0; i < rows; ++i) row_hashes_[i] = row_hash(job_.row0 + row + i);
-    base_stride_ = out_stride_ = kStride;
-    base_rows_ = nullptr;
-    out_rows_ = out_block_;
-    streams_ = false;
-    if (!is_widened() && is_direct<V>(out, cols_)) {
-      out_rows_ = static_cast<T*>(out.data);
-      out_stride_ = out.row_stride;
-      streams_ = job_.streams && is_aligned<V>(out_rows_, out_stride_);
-    }
-    if (job_.weight.data == nullptr || is_widened()) {
-      if (is_widened()) base_ = at(job_.weight, row, col_);
-      return;
-    }
+    is_direct_ = !is_widened() && is_direct<V>(out, cols_);
+    if (!is_direct_) out_ = block(out_block_);
+    streams_ = is_direct_ && job_.streams && size_of(out.dtype) == sizeof(T) && is_aligned<V>(out);
+    base_ = Matrix{};
+    if (job_.weight.data == nullptr) return;
     base_ = at(job_.weight, row, col_);
-    if (is_direct<V>(base_, cols_)) {
-      base_rows_ = static_cast<const T*>(base_.data);
-      base_stride_ = base_.row_stride;
-    } else {
-      load_block<V>(base_, rows, cols_, base_block_, kStride, padded_cols<V>(cols_));
-      base_rows_ = base_block_;
-    }
+    if (is_widened() || is_direct<V>(base_, cols_)) return;
+    load_block<V>(base_, rows, cols_, base_block_, kStride, padded_cols<V>(cols_));
+    base_ = block(base_block_);
   }
 
-  // One tile of the block; W is of the vector's type, not yet rounded. All loads come before the stores: rows of W0 and
-  // of the output tend to be multiples of 4 KiB apart, and a load that follows such a store waits for it.
+  // One tile of the block. All loads come before the stores: rows of W0 and of the output tend to be multiples of 4 KiB
+  // apart, and a load that follows such a store waits for it.
   template <int R, int C>
   DUAL_LORA_INLINE void put(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
     V total[R][C];
     DUAL_LORA_UNROLL(i, R)
       DUAL_LORA_UNROLL(c, C) total[i][c] = update(p[i][c], q[i][c], scale_);
-    if (base_rows_ != nullptr) {
-      const T* base = base_rows_ + row * base_stride_ + col;
-      DUAL_LORA_UNROLL(i, R)
-        DUAL_LORA_UNROLL(c, C) {
-          const T* from = base + i * base_stride_ + c * V::lanes;
-          // The next block's rows, far apart in memory, one line at a time.
-          __builtin_prefetch(from + kRowBlock * base_stride_, 0, 2);
-          total[i][c] = add(V::load(from), total[i][c]);
-        }
+    if (base_.data != nullptr && !is_widened()) {
+      with_storage<V>(base_.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
+        const auto* base = static_cast<const typename decltype(storage)::Element*>(base_.data) + row * base_.row_stride + col;
+        DUAL_LORA_UNROLL(i, R)
+          DUAL_LORA_UNROLL(c, C) {
+            const auto* from = base + i * base_.row_stride + c * V::lanes;
+            // The next block's rows, far apart in memory, one line at a time.
+            __builtin_prefetch(from + kRowBlock * base_.row_stride, 0, 2);
+            total[i][c] = add(storage.load(from), total[i][c]);
+          }
+      });
     }
-    T* out = out_rows_ + row * out_stride_ + col;
-    if (streams_) {
-      DUAL_LORA_UNROLL(i, R)
-        DUAL_LORA_UNROLL(c, C) total[i][c].stream(out + i * out_stride_ + c * V::lanes);
-    } else {
-      DUAL_LORA_UNROLL(i, R)
-        DUAL_LORA_UNROLL(c, C) total[i][c].store(out + i * out_stride_ + c * V::lanes);
+    if constexpr (std::is_same_v<V, F32>) {
+      if (is_direct_ && size_of(job_.grid) == 2) {
+        DUAL_LORA_UNROLL(i, R)
+          DUAL_LORA_UNROLL(c, C) total[i][c] = on_grid(total[i][c], job_.grid, field().row(row + i, col + c * V::lanes));
+      }
     }
+    with_storage<V>(out_.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
+      auto* out = static_cast<typename decltype(storage)::Element*>(out_.data) + row * out_.row_stride + col;
+      if (streams_) {
+        DUAL_LORA_UNROLL(i, R)
+          DUAL_LORA_UNROLL(c, C) storage.stream(total[i][c], out + i * out_.row_stride + c * V::lanes);
+      } else {
+        DUAL_LORA_UNROLL(i, R)
+          DUAL_LORA_UNROLL(c, C) storage.store(total[i][c], out + i * out_.row_stride + c * V::lanes);
+      }
+    });
   }
 
   void end() {
     if (streams_) fence();
-    const Field field = job_.dithers ? Field{row_hashes_, column_hashes_} : Field{nullptr, nullptr};
     if (is_widened()) {
       load_block<Lanes<double, 1>>(base_, rows_, cols_, sums_, kStride, cols_);
       for (int64_t i = 0; i < rows_; ++i)
         for (int64_t j = 0; j < cols_; ++j) sums_[i * kStride + j] += out_block_[i * kStride + j];
-      store_block(sums_, kStride, out_, rows_, cols_, field);
-    } else if (out_rows_ == out_block_) {
-      store_block(out_block_, kStride, out_, rows_, cols_, field);
+      store_block(sums_, kStride, target_, job_.grid, rows_, cols_, field());
+    } else if (!is_direct_) {
+      store_block(out_block_, kStride, target_, job_.grid, rows_, cols_, field());
     }
   }
 
  private:
   bool is_widened() const {
     return sizeof(T) == 4 && job_.weight.data != nullptr && job_.weight.dtype == Dtype::float64;
+  }
+
+  Field field() const { return job_.dithers ? Field{row_hashes_, column_hashes_} : Field{nullptr, nullptr}; }
+
+  // One of the blocks in scratch.
+  static Matrix block(T* data) {
+    return {data, sizeof(T) == 4 ? Dtype::float32 : Dtype::float64, kRowBlock, kStride, kStride, 1};
   }
 
   const WeightJob& job_;
@@ -129,11 +133,9 @@ class WeightBlock {
   T* out_block_;
   double* sums_;
   int64_t col_ = 0, cols_ = 0, rows_ = 0;
-  Matrix base_, out_;
-  const T* base_rows_ = nullptr;
-  T* out_rows_ = nullptr;
-  int64_t base_stride_ = 0, out_stride_ = 0;
-  bool streams_ = false;
+  Matrix base_, out_;   // where tiles are read and written: the job's matrices, or blocks in scratch
+  Matrix target_;       // the output
+  bool is_direct_ = false, streams_ = false;
 };
 
 }  // namespace

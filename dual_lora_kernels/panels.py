@@ -11,7 +11,7 @@ import torch
 
 from .backends import Backend, Block, Estimator, ParameterGradients, Settings, SharedProducts
 from .panel_split import Panels, longest, split, total_waves, waves_for
-from .precision import accumulation_dtype
+from .products import product_dtype, token_product, token_product_dtype, token_product_reaches, weight_product
 
 
 def forward(
@@ -19,35 +19,43 @@ def forward(
 ) -> torch.Tensor:
     """Y = X Wᵀ + b, [M, N], over row panels of W."""
     out_features, in_features = block.shape
+    dtype, cast_budget, budget = _weight_budget(x, backend, settings)
+    waves = waves_for(x.device, x.shape[0])
+    panels = split(out_features, in_features * dtype.itemsize, budget, backend.panel_unit, waves)
+    if len(panels) == 1 and not cast_budget:  # as in small layers, whose time is the host's: no slices
+        weight = x.new_empty(out_features, in_features)
+        backend.effective_weight(weight, block, settings)
+        return torch.nn.functional.linear(x, weight, bias)
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
-    waves = waves_for(x.device, x.shape[0])
-    panels = split(out_features, in_features * x.itemsize, _budget(backend, settings), backend.panel_unit, waves)
-    buffer = x.new_empty(longest(panels), in_features)
+    buffer = x.new_empty(longest(panels), in_features, dtype=dtype)
     for start, stop in panels:
         panel = buffer[: stop - start]
         backend.effective_weight(panel, block.rows(start, stop), settings)
-        if bias is None:
-            torch.mm(x, panel.t(), out=y[:, start:stop])
-        else:
-            torch.addmm(bias[start:stop], x, panel.t(), out=y[:, start:stop])
+        part = None if bias is None else bias[start:stop]
+        weight_product(x, panel.t(), part, y[:, start:stop], cast_budget)
     return y
 
 
 def input_gradient(grad: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> torch.Tensor:
     """∂X = G W, [M, K], over column panels of W: no accumulation, so no rounding beyond the product's own."""
     out_features, in_features = block.shape
+    dtype, cast_budget, budget = _weight_budget(grad, backend, settings)
+    waves = waves_for(grad.device, grad.shape[0])
+    panels = split(in_features, out_features * dtype.itemsize, budget, backend.panel_unit, waves)
+    if len(panels) == 1 and not cast_budget:
+        weight = grad.new_empty(out_features, in_features)
+        backend.effective_weight(weight, block, settings)
+        return grad @ weight
     grad_x = grad.new_empty(grad.shape[0], in_features)
     if grad.shape[0] == 0:
         return grad_x
-    waves = waves_for(grad.device, grad.shape[0])
-    panels = split(in_features, out_features * grad.itemsize, _budget(backend, settings), backend.panel_unit, waves)
-    buffer = grad.new_empty(longest(panels) * out_features)
+    buffer = grad.new_empty(longest(panels) * out_features, dtype=dtype)
     for start, stop in panels:
         panel = _panel(buffer, out_features, stop - start)
         backend.effective_weight(panel, block.columns(start, stop), settings)
-        torch.mm(grad, panel, out=grad_x[:, start:stop])
+        weight_product(grad, panel, None, grad_x[:, start:stop], cast_budget)
     return grad_x
 
 
@@ -72,11 +80,11 @@ def parameter_gradients(
     for start, stop in panels:
         if by_rows:
             own, part, h = block.rows(start, stop), gradients.rows(start, stop), _panel(buffer, stop - start, extent)
-            _token_product(grad[:, start:stop], x, h, cast_budget)
+            token_product(grad[:, start:stop], x, h, cast_budget)
         else:
             own, part = block.columns(start, stop), gradients.columns(start, stop)
             h = _panel(buffer, extent, stop - start)
-            _token_product(grad, x[:, start:stop], h, cast_budget)
+            token_product(grad, x[:, start:stop], h, cast_budget)
         if part.weight is not None:
             part.weight.copy_(h)
         if part.factors_wanted:
@@ -99,20 +107,27 @@ def gradients(
     """
     out_features, in_features = block.shape
     dtype, cast_budget, budget = _token_product_budget(x, block, backend, settings)
-    is_shared = dtype == grad.dtype and not block.needs_loading
-    bytes_each = dtype.itemsize + (0 if is_shared else grad.itemsize)
+    w_dtype = product_dtype(grad.dtype, grad.device.type)
+    is_shared = dtype == w_dtype and not block.needs_loading
+    bytes_each = dtype.itemsize + (0 if is_shared else w_dtype.itemsize)
     panels = split(in_features, out_features * bytes_each, budget, backend.panel_unit)
+    if len(panels) == 1 and is_shared and not cast_budget:
+        h = grad.t() @ x
+        if gradients.weight is not None:
+            gradients.weight.copy_(h)
+        shared.weight_and_factor_gradients(h, h, block, estimator, gradients, settings)
+        return grad @ h
     grad_x = grad.new_empty(grad.shape[0], in_features)
     h_buffer = x.new_empty(longest(panels) * out_features, dtype=dtype)
-    w_buffer = h_buffer if is_shared else grad.new_empty(longest(panels) * out_features)
+    w_buffer = h_buffer if is_shared else grad.new_empty(longest(panels) * out_features, dtype=w_dtype)
     for start, stop in panels:
         h, w = (_panel(buffer, out_features, stop - start) for buffer in (h_buffer, w_buffer))
         part = gradients.columns(start, stop)
-        _token_product(grad, x[:, start:stop], h, cast_budget)
+        token_product(grad, x[:, start:stop], h, cast_budget)
         if part.weight is not None:
             part.weight.copy_(h)
         shared.weight_and_factor_gradients(w, h, block.columns(start, stop), estimator, part, settings)
-        torch.mm(grad, w, out=grad_x[:, start:stop])
+        weight_product(grad, w, None, grad_x[:, start:stop], cast_budget)
     return grad_x
 
 
@@ -141,6 +156,13 @@ def _budget(backend: Backend, settings: Settings) -> int:
     return settings.workspace - backend.weight_temporaries(settings.workspace)
 
 
+def _weight_budget(x: torch.Tensor, backend: Backend, settings: Settings) -> tuple[torch.dtype, int, int]:
+    """(dtype that panels of W are stored in, bytes for operands cast to it, bytes for panels)."""
+    dtype, budget = product_dtype(x.dtype, x.device.type), _budget(backend, settings)
+    cast_budget = 0 if dtype == x.dtype else budget // 2
+    return dtype, cast_budget, budget - cast_budget
+
+
 def _panel(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """A panel of rows × columns at the start of a buffer, its rows without gaps."""
     return buffer[: rows * columns].view(rows, columns)
@@ -150,9 +172,9 @@ def _token_product_budget(
     x: torch.Tensor, block: Block, backend: Backend, settings: Settings
 ) -> tuple[torch.dtype, int, int]:
     """(dtype of H, bytes for operands cast to it, bytes for panels)."""
-    dtype = accumulation_dtype(torch.promote_types(x.dtype, block.factors.A.dtype))
+    dtype = token_product_dtype(x.dtype, block.factors.A.dtype, x.device.type, backend.takes_rounded_h)
     budget = settings.workspace - backend.gradient_temporaries(settings.workspace, block.factors)
-    cast_budget = 0 if _product_reaches(x, dtype) else budget // 2
+    cast_budget = 0 if token_product_reaches(x.dtype, dtype, x.device.type) else budget // 2
     return dtype, cast_budget, budget - cast_budget
 
 
@@ -169,20 +191,3 @@ def _token_product_panels(
     if total_waves(by_columns, column_waves) < total_waves(by_rows, row_waves):
         return by_columns, False
     return by_rows, True
-
-
-def _product_reaches(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the vendor's product of two `x.dtype` operands can write `dtype` without a rounding in between."""
-    return x.dtype == dtype or (x.device.type == "cuda" and dtype == torch.float32)
-
-
-def _token_product(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, cast_budget: int) -> None:
-    """out [n, K] = gradᵀ [n, M] x [M, K], accumulated and returned in `out`'s dtype."""
-    if x.dtype == out.dtype:
-        torch.mm(grad.t(), x, out=out)
-    elif _product_reaches(x, out.dtype):
-        torch.ops.aten.mm.dtype_out(grad.t(), x, out.dtype, out=out)
-    else:
-        out.zero_()
-        for start, stop in split(x.shape[0], (grad.shape[1] + x.shape[1]) * out.itemsize, cast_budget):
-            out.addmm_(grad[start:stop].t().to(out.dtype), x[start:stop].to(out.dtype))

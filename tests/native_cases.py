@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dual_lora_kernels import reference
 from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, base_of
+from dual_lora_kernels.precision import accumulation_dtype
 from dual_lora_kernels.self_check.problems import exact
 from dual_lora_kernels.validation import STRAIGHT_THROUGH_ESTIMATORS
 
@@ -77,11 +78,12 @@ class Described:
 
 @dataclass(frozen=True, repr=False)
 class Case(Described):
-    """What a drawn call is about, besides the factors. `weight` is W0 or None."""
+    """What a drawn call is about, besides the factors. `weight` is W0 or None; W is rounded to `out_dtype`."""
 
     factors: Factors
     weight: torch.Tensor | None
     out_dtype: torch.dtype
+    stored: torch.dtype
     out_layout: str
     rounding: str
     row0: int
@@ -98,7 +100,7 @@ class Case(Described):
         """The reference's W."""
         return reference.effective_weight(
             self.weight, *self.factors, self.out_dtype, self.rounding, self.row0, self.col0
-        ).clone()
+        ).to(self.stored, copy=True)
 
     def out(self) -> torch.Tensor:
         """Where W goes; W0 itself if the case is in place."""
@@ -106,7 +108,7 @@ class Case(Described):
             assert self.weight is not None
             return self.weight
         n, k = self.factors.B.shape[0], self.factors.A.shape[1]
-        return place(torch.full((n, k), torch.nan, dtype=self.out_dtype), self.out_layout)
+        return place(torch.full((n, k), torch.nan, dtype=self.stored), self.out_layout)
 
 
 @st.composite
@@ -120,11 +122,13 @@ def cases(draw: Any, factor_dtypes: list[torch.dtype] = DTYPES) -> Case:
     weight_dtype = draw(st.sampled_from([None, *DTYPES]))
     layout, out_dtype = draw(read), draw(st.sampled_from(DTYPES))
     weight = None if weight_dtype is None else place(problem.weight.to(weight_dtype), layout)
-    may_overwrite = weight_dtype == out_dtype and layout != "expanded"
+    stored = draw(st.sampled_from([out_dtype, *([torch.float32] if out_dtype.itemsize == 2 else [])]))
+    may_overwrite = weight_dtype == stored and layout != "expanded"
     return Case(
         factors=Factors(*matrices, scale),
         weight=weight,
         out_dtype=out_dtype,
+        stored=stored,
         out_layout=draw(st.sampled_from(LAYOUTS)),
         rounding=draw(st.sampled_from(["dither", "nearest"])),
         row0=draw(OFFSETS),
@@ -156,15 +160,16 @@ class GradientCase(Described):
 def gradient_cases(draw: Any, factors: Factors) -> GradientCase:
     n, k = factors.B.shape[0], factors.A.shape[1]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    narrow = [] if factors.A.dtype == torch.float64 else [torch.float32]
-    dtype = draw(st.sampled_from([*narrow, torch.float64]))
+    narrow = [] if factors.A.dtype == torch.float64 else DTYPES[:3]
+    h_dtype = draw(st.sampled_from([*narrow, torch.float64]))
+    dtype = accumulation_dtype(h_dtype)
 
     def integers(*shape: int) -> torch.Tensor:
         return torch.randint(-3, 4, shape, generator=generator).to(dtype)
 
     wanted = draw(st.lists(st.booleans(), min_size=4, max_size=4))
     return GradientCase(
-        h=place(integers(n, k), draw(st.sampled_from(LAYOUTS))),
+        h=place(integers(n, k).to(h_dtype), draw(st.sampled_from(LAYOUTS))),
         estimator=Estimator(
             draw(st.sampled_from(STRAIGHT_THROUGH_ESTIMATORS)), draw(st.sampled_from([1.0, 0.25, 1e9]))
         ),

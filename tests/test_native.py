@@ -83,7 +83,7 @@ def test_exact_weights(case: Case) -> None:
 def test_exact_gradients(data: st.DataObject, case: Case) -> None:
     """The gradients that are wanted, added to what they hold; with W or without it, and W in H's place."""
     gradients = data.draw(gradient_cases(case.factors))
-    places = ["nowhere", "beside H", *(["in H"] if case.out_dtype == gradients.h.dtype else [])]
+    places = ["nowhere", "beside H", *(["in H"] if case.stored == gradients.h.dtype else [])]
     target = data.draw(st.sampled_from(places))
     expected_weight, expected = case.expected, gradients.expected(case.factors)
     h = gradients.h

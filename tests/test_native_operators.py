@@ -82,20 +82,25 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"weight": torch.zeros(0, 30)}, r"weight: got \[0, 30\], expected \[20, 30\]"),
     ({"weight": torch.zeros(20, 30, dtype=torch.complex64)}, "weight: got ComplexFloat"),
     ({"out": torch.zeros(20)}, "out: got 1 dimensions"),
-    ({"out": torch.zeros(20, 30, dtype=torch.int64)}, "out: got Long"),
+    ({"out": torch.zeros(20, 30, dtype=torch.int64), "grid": torch.int64}, "(out|grid): got Long"),
 ]
 GRADIENTS: list[tuple[dict[str, Any], str]] = [
     ({"h": torch.zeros(20, 31)}, r"h: got \[20, 31\], expected \[20, 30\]"),
-    ({"h": torch.zeros(20, 30, dtype=torch.bfloat16)}, "h: got BFloat16, expected float32, or float64"),
+    ({"h": torch.zeros(20, 30, dtype=torch.complex64)}, "h: got ComplexFloat, expected float32"),
     ({"estimator": 3}, "estimator: got 3, expected 0, 1 or 2"),
     *(
         ({f"grad_{name}": torch.zeros(4, 5)}, rf"grad_{name}: got \[4, 5\], expected \[{n}, {k}\]")
         for name, (n, k) in {"A": (3, 30), "B": (20, 3), "C": (2, 30), "D": (20, 2)}.items()
     ),
-    ({"grad_D": torch.zeros(20, 2, dtype=DOUBLE)}, "grad_D: got Double, expected h's dtype, Float"),
+    ({"grad_D": torch.zeros(20, 2, dtype=DOUBLE)}, "grad_D: got Double, expected Float for h of Float"),
 ]
 BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "cpu_effective_weight": [*COMMON, ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]")],
+    "cpu_effective_weight": [
+        *COMMON,
+        ({"out": torch.zeros(30, 20)}, r"out: got \[30, 20\], expected \[20, 30\]"),
+        ({"grid": DOUBLE}, "grid: got Double, expected out's dtype, Float, or a 16-bit one"),
+        ({"out": torch.zeros(20, 30, dtype=DOUBLE), "grid": HALF}, "grid: got Half, expected out's dtype, Double"),
+    ],
     "cpu_factor_gradients": [*FACTORS, *GRADIENTS],
     "cpu_weight_and_factor_gradients": [
         *COMMON,
@@ -121,10 +126,10 @@ def _arguments(operator: str, problem: Problem) -> dict[str, Any]:
     if operator == "cpu_few_tokens":
         return {"out": torch.zeros(4, 20), "input": problem.x, "bias": problem.bias, **shared}
     if operator == "cpu_effective_weight":
-        return {"out": torch.zeros(20, 30), **shared}
+        return {"out": torch.zeros(20, 30), "grid": torch.float32, **shared}
     gradients = {f"grad_{name}": torch.zeros_like(getattr(problem, name)) for name in "ABCD"}
     options = {"h": torch.ones(20, 30), "estimator": 0, "clip_bound": 1.0, "workspace": 1 << 20}
-    return {"out": torch.zeros(20, 30), **shared, **gradients, **options}
+    return {"out": torch.zeros(20, 30), "grid": torch.float32, **shared, **gradients, **options}
 
 
 def _call(operator: str, given: dict[str, Any]) -> None:
@@ -133,7 +138,7 @@ def _call(operator: str, given: dict[str, Any]) -> None:
     if operator == "cpu_few_tokens":
         OPS.cpu_few_tokens(given["out"], given["input"], given["weight"], factors, given["bias"], True)
     elif operator == "cpu_effective_weight":
-        OPS.cpu_effective_weight(given["out"], given["weight"], factors, (0, 0))
+        OPS.cpu_effective_weight(given["out"], given["weight"], factors, given["grid"], (0, 0))
     else:
         gradients = [given[f"grad_{name}"] for name in "ABCD"]
         options = (given["estimator"], given["clip_bound"], given["workspace"])
@@ -141,7 +146,8 @@ def _call(operator: str, given: dict[str, Any]) -> None:
             OPS.cpu_factor_gradients(given["h"], factors, gradients, *options)
         else:
             results = [given["out"], *gradients]
-            OPS.cpu_weight_and_factor_gradients(results, given["weight"], given["h"], factors, (0, 0), *options)
+            dither = given["grid"], (0, 0)
+            OPS.cpu_weight_and_factor_gradients(results, given["weight"], given["h"], factors, *dither, *options)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +170,8 @@ def test_lists_of_the_wrong_length_are_refused() -> None:
     given = _arguments("cpu_factor_gradients", PROBLEM)
     factors, gradients = list(PROBLEM.factors), [given[f"grad_{name}"] for name in "ABCD"]
     with pytest.raises(RuntimeError, match="factors: got 4 tensors, expected A, B, C, D and the scale"):
-        OPS.cpu_effective_weight(given["out"], None, factors[:4], None)
+        OPS.cpu_effective_weight(given["out"], None, factors[:4], torch.float32, None)
     with pytest.raises(RuntimeError, match="gradients: got 3, expected those of A, B, C and D"):
         OPS.cpu_factor_gradients(given["h"], factors, gradients[:3], 0, 1.0, 1 << 20)
     with pytest.raises(RuntimeError, match="dither: expected a row and a column"):
-        OPS.cpu_effective_weight(given["out"], None, factors, (0,))
+        OPS.cpu_effective_weight(given["out"], None, factors, torch.float32, (0,))

@@ -83,8 +83,8 @@ def on_chip(chip: Architecture) -> Iterator[None]:
         mock.patch.object(execute, "hashes", return_value=Hashes(hashes, hashes)),
         mock.patch.object(execute, "counters", return_value=hashes),
         mock.patch.object(panel_split, "compute_units", return_value=chip.compute_units),
-        mock.patch.object(panels, "_product_reaches", return_value=True),
-        mock.patch.object(panels, "_token_product", side_effect=_token_product),
+        mock.patch.object(panels, "token_product_reaches", return_value=True),
+        mock.patch.object(panels, "token_product", side_effect=_token_product),
     ):
         yield
 

@@ -94,7 +94,7 @@ struct Shape {
 };
 
 struct Options {
-  Dtype factors, weight, out, h;
+  Dtype factors, weight, out, grid, h;
   bool has_weight, dithers, has_bias;
   Layout layout, out_layout;
   Estimator estimator;
@@ -136,8 +136,8 @@ struct Results {
 
   Results(const Shape& shape, const Options& options, int64_t ranks, int64_t units)
       : weight(options.out, shape.rows, shape.cols, options.out_layout),
-        down(options.h, units * ranks, options.unit_cols, Layout::dense),
-        up(options.h, units * options.unit_rows, ranks, Layout::dense),
+        down(options.h == Dtype::float64 ? Dtype::float64 : Dtype::float32, units * ranks, options.unit_cols, Layout::dense),
+        up(down.view.dtype, units * options.unit_rows, ranks, Layout::dense),
         second(options.out, shape.rows, shape.cols, options.out_layout),
         tokens(options.out, shape.tokens, shape.rows, options.out_layout) {}
 };
@@ -179,26 +179,27 @@ void run(const KernelTable& kernels, const Shape& shape, const Options& options,
   const PackedMemory packed(kernels, factors, wide), wide_packed(kernels, factors, true);
 
   const Matrix weight = options.has_weight ? inputs.weight.view : Matrix{};
-  const WeightJob job = {factors, packed.view, results.weight.view, weight, 3, int64_t{1} << 33, options.dithers, true};
+  const WeightJob job = {factors, packed.view, results.weight.view, weight, options.grid,
+                         3,       int64_t{1} << 33, options.dithers, true};
   const Memory scratch(kernels.weight_scratch(job));
   for_each_unit(shape, options, [&](int64_t, Range range) { kernels.weight(job, range, scratch.data()); });
 
-  GradientJob gradient = {job, inputs.h.view, packed.view, {options.estimator, 0.5}, true, true};
+  const bool wide_sums = options.h == Dtype::float64;
+  GradientJob gradient = {job, inputs.h.view, wide_sums, packed.view, {options.estimator, 0.5}, true, true};
   gradient.weight_job.out = results.second.view;
   gradient.weight_job.streams = false;
-  if (options.h == Dtype::float64) gradient.wide_packed = wide_packed.view;
+  if (wide_sums) gradient.wide_packed = wide_packed.view;
   const Memory gradient_scratch(kernels.gradient_scratch(gradient));
-  const int64_t ranks = padded_ranks(factors), size = size_of(options.h);
+  const int64_t ranks = padded_ranks(factors), size = wide_sums ? 8 : 4;
   for_each_unit(shape, options, [&](int64_t unit, Range range) {
     char* down = static_cast<char*>(results.down.view.data) + unit * ranks * options.unit_cols * size;
     char* up = static_cast<char*>(results.up.view.data) + unit * ranks * options.unit_rows * size;
     kernels.gradient(gradient, range, {down, options.unit_cols, up}, gradient_scratch.data());
   });
 
-  if ((options.out == Dtype::float64) != wide) return;  // as the operator demands
+  if (options.grid != options.out || (options.out == Dtype::float64) != wide) return;  // as the operator demands
   TokenJob tokens = {job, inputs.x.view, results.tokens.view, options.has_bias ? inputs.bias.view : Matrix{}};
   tokens.weight_job.out = Matrix{};
-  tokens.weight_job.out.dtype = options.out;
   const Memory token_scratch(kernels.token_scratch(tokens));
   for (int64_t row = 0; row < shape.rows; row += kTokenRows)
     kernels.token(tokens, row, std::min(kTokenRows, shape.rows - row), token_scratch.data());
@@ -218,9 +219,10 @@ int compare(const InstructionSet& set, const InstructionSet& reference) {
           o.factors = factor;
           o.out = out;
           o.weight = kDtypes[variant % 4];
-          o.h = factor == Dtype::float64 || variant % 3 == 0 ? Dtype::float64 : Dtype::float32;
+          o.h = factor == Dtype::float64 || variant % 3 == 0 ? Dtype::float64 : kDtypes[variant % 3 == 1 ? 0 : variant % 4];
+          o.grid = out == Dtype::float32 && variant % 4 > 1 ? kDtypes[variant % 4] : out;
           o.has_weight = variant != 7;
-          o.dithers = variant % 2 == 0 && size_of(out) == 2;
+          o.dithers = variant % 3 != 1 && size_of(o.grid) == 2;
           o.has_bias = variant % 5 != 0;
           o.layout = static_cast<Layout>(draw(0, 2));
           o.out_layout = static_cast<Layout>(draw(0, 2));

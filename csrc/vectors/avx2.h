@@ -25,6 +25,35 @@ struct F32 {
   void store_half(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  F32 nearest_half() const { return {_mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))}; }
+  static F32 load_bfloat16(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  void store_bfloat16(uint16_t* p) const {
+    const __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
+    const __m256i packed = _mm256_packus_epi32(bits, bits);  // within each half
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  }
+  F32 nearest_bfloat16() const {
+    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return kept<16>(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))));
+  }
+  template <int dropped>
+  F32 dithered(uint32_t row, const uint32_t* columns) const {
+    const __m256i hashes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
+    const __m256i field = _mm256_mullo_epi32(_mm256_set1_epi32(static_cast<int>(row)), hashes);
+    return kept<dropped>(_mm256_add_epi32(_mm256_castps_si256(v), _mm256_srli_epi32(field, 32 - dropped)));
+  }
+
+ private:
+  // `bits` without their last ones, or a quiet NaN where this vector has a NaN.
+  template <int dropped>
+  F32 kept(__m256i bits) const {
+    const __m256 number = _mm256_cmp_ps(v, v, _CMP_ORD_Q);
+    const __m256 cut = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-(1 << dropped))));
+    return {_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), cut, number)};
+  }
 };
 
 struct F64 {

@@ -25,6 +25,33 @@ struct F32 {
   void store_half(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  F32 nearest_half() const { return {_mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))}; }
+  static F32 load_bfloat16(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  void store_bfloat16(uint16_t* p) const {
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+  }
+  F32 nearest_bfloat16() const {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return kept<16>(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))));
+  }
+  template <int dropped>
+  F32 dithered(uint32_t row, const uint32_t* columns) const {
+    const __m512i field = _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int>(row)), _mm512_loadu_si512(columns));
+    return kept<dropped>(_mm512_add_epi32(_mm512_castps_si512(v), _mm512_srli_epi32(field, 32 - dropped)));
+  }
+
+ private:
+  // `bits` without their last ones, or a quiet NaN where this vector has a NaN.
+  template <int dropped>
+  F32 kept(__m512i bits) const {
+    const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+    const __m512i mask = _mm512_set1_epi32(-(1 << dropped));
+    return {_mm512_castsi512_ps(_mm512_mask_and_epi32(_mm512_set1_epi32(0x7FC00000), number, bits, mask))};
+  }
 };
 
 struct F64 {

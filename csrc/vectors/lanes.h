@@ -41,6 +41,50 @@ struct Lanes {
     for (int i = 0; i < n; ++i) p[i] = half_nearest(v[i]);
   }
 
+  Lanes nearest_half() const {
+    Lanes x;
+    for (int i = 0; i < n; ++i) x.v[i] = half_to_float(half_nearest(v[i]));
+    return x;
+  }
+  static Lanes load_bfloat16(const uint16_t* p) {
+    Lanes x;
+    for (int i = 0; i < n; ++i) x.v[i] = of_bits(static_cast<uint32_t>(p[i]) << 16);
+    return x;
+  }
+  void store_bfloat16(uint16_t* p) const {
+    for (int i = 0; i < n; ++i) p[i] = static_cast<uint16_t>(bits_of(v[i]) >> 16);
+  }
+  Lanes nearest_bfloat16() const {
+    Lanes x;
+    for (int i = 0; i < n; ++i) {
+      const uint32_t bits = bits_of(v[i]);
+      x.v[i] = kept<16>(bits + 0x7FFFu + ((bits >> 16) & 1u), i);
+    }
+    return x;
+  }
+  template <int dropped>
+  Lanes dithered(uint32_t row, const uint32_t* columns) const {
+    Lanes x;
+    for (int i = 0; i < n; ++i) x.v[i] = kept<dropped>(bits_of(v[i]) + ((row * columns[i]) >> (32 - dropped)), i);
+    return x;
+  }
+
+  // `bits` without their last ones, or a quiet NaN where element i is a NaN.
+  template <int dropped>
+  float kept(uint32_t bits, int i) const {
+    return of_bits(v[i] != v[i] ? 0x7FC00000u : bits & ~((1u << dropped) - 1));
+  }
+  static uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+  }
+  static float of_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+
   // IEEE binary16. A half's exponent and significand, shifted into an fp32's place, are off by a power of two, which a
   // multiplication mends for subnormal numbers too.
   static float half_to_float(uint16_t half) {

@@ -20,6 +20,26 @@ struct F32 {
   void stream(float* p) const { store(p); }
   static F32 load_half(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
   void store_half(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+  F32 nearest_half() const { return {vcvt_f32_f16(vcvt_f16_f32(v))}; }
+  static F32 load_bfloat16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }
+  void store_bfloat16(uint16_t* p) const { vst1_u16(p, vshrn_n_u32(vreinterpretq_u32_f32(v), 16)); }
+  F32 nearest_bfloat16() const {
+    const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return kept<16>(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF))));
+  }
+  template <int dropped>
+  F32 dithered(uint32_t row, const uint32_t* columns) const {
+    const uint32x4_t field = vmulq_u32(vdupq_n_u32(row), vld1q_u32(columns));
+    return kept<dropped>(vaddq_u32(vreinterpretq_u32_f32(v), vshrq_n_u32(field, 32 - dropped)));
+  }
+
+ private:
+  // `bits` without their last ones, or a quiet NaN where this vector has a NaN.
+  template <int dropped>
+  F32 kept(uint32x4_t bits) const {
+    const uint32x4_t cut = vandq_u32(bits, vdupq_n_u32(~((1u << dropped) - 1)));
+    return {vreinterpretq_f32_u32(vbslq_u32(vceqq_f32(v, v), cut, vdupq_n_u32(0x7FC00000u)))};
+  }
 };
 
 struct F64 {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..precision import accumulation_dtype
 from ..rounding import column_hashes, dither_, is_dithered, row_hashes
 from .block import Block, Factors, ParameterGradients
 from .grid import TILE, RankProducts, parts, tile_count
@@ -22,6 +23,7 @@ class EagerBackend:
 
     name = "eager"
     panel_unit = TILE
+    takes_rounded_h = True
     fused: FusedPasses | None = None
     shared_products: SharedProducts | None = None
 
@@ -60,9 +62,11 @@ class EagerBackend:
                 total = update if base is None else torch.add(base, update, out=update)
                 rows, columns = (part.tiles(part.of(hash.expand(out.shape))) for hash in hashes)
                 field = torch.mul(rows, columns, out=bits[: total.numel()].view(total.shape))
-                target.copy_(dither_(total.to(torch.float32), out.dtype, field))
-            elif base is None:
-                target.copy_(update)
+                # fp16's subnormal numbers have a coarser grid than the dither leaves.
+                target.copy_(dither_(total.to(torch.float32), block.dtype, field).to(block.dtype))
+            elif base is None or out.dtype != block.dtype:
+                total = update if base is None else torch.add(base, update, out=update)
+                target.copy_(total.to(block.dtype))
             else:
                 torch.add(base, update, out=target)
 
@@ -70,15 +74,16 @@ class EagerBackend:
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         products = RankProducts(block.factors, block.origin)
-        wide = block.factors.to(h.dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
+        dtype = accumulation_dtype(torch.promote_types(h.dtype, products.dtype))
+        wide = block.factors.to(dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
         most, p_scratch, q_scratch = self._scratch(h, block, products.dtype, settings)
-        grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0)
+        grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0, dtype=dtype)
         for part in parts(block.origin, h.shape, most):
             p, q = products.write(part, p_scratch, q_scratch)
             rows, columns = part.rows.lines, part.columns.lines
             near = wide.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
             grads = gradients.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
-            scaled = part.of(h).mul_(block.factors.scale)
+            scaled = part.of(h).to(dtype).mul_(block.factors.scale)
             p.relu_()
             if gradients.direction_wanted:
                 grad_q = grad_scratch[: scaled.numel()].view(scaled.shape)

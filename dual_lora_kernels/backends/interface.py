@@ -87,6 +87,9 @@ class Backend(Protocol):
     panel_unit: int
     """Lines at whose multiples panels start where the workspace allows it, since that is what its kernels like."""
 
+    takes_rounded_h: bool
+    """Whether `factor_gradients` and shared products take H in a 16-bit compute dtype, too."""
+
     @property
     def fused(self) -> FusedPasses | None:
         """Whole passes as single kernels, or None where every pass runs over panels."""
@@ -114,7 +117,8 @@ class Backend(Protocol):
         """Bytes of the workspace that `factor_gradients`, or shared products, need for themselves, besides H."""
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        """Write W = round(W0 + ΔW) into `out` [n, k], of the block's dtype and any strides.
+        """Write W = round(W0 + ΔW) into `out` [n, k], of any strides and the block's dtype, or of fp32 if that is
+        narrower: the same numbers, for products that are made in fp32.
 
         `out` may be W0 itself.
         """
@@ -124,6 +128,6 @@ class Backend(Protocol):
     ) -> None:
         """Add one block's contributions to the factors' `gradients`, from its complete H = Gᵀ X [n, k].
 
-        `h` is contiguous, fp32 or fp64, and may be overwritten. W0 is not read. P and Q are the bits that
+        `h` is contiguous, of the gradients' dtype or as `takes_rounded_h` says, and may be overwritten. W0 is not read. P and Q are the bits that
         `effective_weight` uses for the same block.
         """

@@ -36,6 +36,7 @@ class NativeBackend:
 
     name = "native"
     panel_unit = PANEL_UNIT
+    takes_rounded_h = True
 
     @property
     def fused(self) -> NativeFewTokens:
@@ -65,7 +66,7 @@ class NativeBackend:
         return workspace // 4  # partial sums of the factors' gradients
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        _ops().cpu_effective_weight(out, block.load_base(out), block.factors, _dither(block))
+        _ops().cpu_effective_weight(out, block.load_base(out), block.factors, block.dtype, _dither(block))
 
     def factor_gradients(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
@@ -85,7 +86,7 @@ class NativeBackend:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
         results, weight = (out, *gradients[:4]), block.load_base(out)
         _ops().cpu_weight_and_factor_gradients(
-            results, weight, h, block.factors, _dither(block), kind, estimator.bound, budget
+            results, weight, h, block.factors, block.dtype, _dither(block), kind, estimator.bound, budget
         )
 
 

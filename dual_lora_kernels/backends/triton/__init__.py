@@ -21,6 +21,7 @@ class TritonBackend:
 
     name = "triton"
     panel_unit = PANEL_UNIT
+    takes_rounded_h = False
     shared_products: SharedProducts | None = None
 
     @property
