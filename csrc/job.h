@@ -39,12 +39,15 @@ struct StraightThrough {
   double clip_bound;
 };
 
-// A pair of factors (up @ down) as the products read it, in one accumulation type: `down` strip by strip, `up` block by
-// block, and `down_t`, `down` transposed, which only gradients need (else null). See packed_factors.h.
+// A pair of factors (up @ down) as the products read it, in one accumulation type: `down` strip by strip and `up` block
+// by block. Only gradients need `down` transposed: `down_t`, or rounded to bf16 in pairs of neighbours `down_pairs`, and
+// then `up_pairs` for `up`. What is not needed is null. See packed_factors.h.
 struct PackedPair {
   void* down;
   void* up;
   void* down_t;
+  uint16_t* down_pairs;
+  uint16_t* up_pairs;
 };
 
 struct Packed {
@@ -69,6 +72,7 @@ struct GradientJob {
   WeightJob weight_job;
   Matrix h;
   bool is_wide;        // the sums are fp64, else fp32
+  bool in_pairs;       // ∂P, ∂Q and the factors are rounded to bf16 for the contractions, as H has been
   Packed wide_packed;  // in the sums' type
   StraightThrough ste;
   bool magnitude, direction;  // which of (∂A, ∂B) and (∂C, ∂D) are wanted
@@ -116,9 +120,12 @@ static constexpr int64_t up_size(int64_t rank, int64_t rows) {
   return (rows + kRowBlock - 1) / kRowBlock * kRowBlock * padded_rank(rank);
 }
 static constexpr int64_t down_t_size(int64_t rank, int64_t cols) { return (cols + 15) / 16 * 16 * padded_rank(rank); }
+static constexpr int64_t down_pairs_size(int64_t rank, int64_t cols) { return down_t_size(rank, cols); }
+static constexpr int64_t up_pairs_size(int64_t rank, int64_t rows) { return up_size(rank, rows); }
 
 // One instruction set's kernels. Each works on one range with `scratch` of its own (64-byte aligned).
 struct KernelTable {
+  bool has_pairs;  // whether gradient jobs may be `in_pairs`
   // Packing, in fp32 or (wide) fp64: strips of kUnitCols columns and blocks of kRowBlock rows by themselves.
   void (*pack_strip)(const Factors&, bool wide, int64_t strip, const Packed&);
   void (*pack_block)(const Factors&, bool wide, int64_t block, const Packed&);

@@ -65,11 +65,16 @@ struct GradientMemory {
 // Columns of a block worked on at a time: their P and Q, gradients and sums stay in a 32 KiB L1 cache at rank 16.
 constexpr int64_t kChunk = 96;
 
-// ∂P and ∂Q of one tile, from H, into blocks.
-template <class V, int R, int C, class Storage>
+template <class V>
+DUAL_LORA_INLINE void store_nearest(V x, typename V::scalar* to) {
+  x.store(to);
+}
+
+// ∂P and ∂Q of one tile, from H, into blocks of To: the accumulation type, or bf16 (uint16_t).
+template <class V, int R, int C, class Storage, class To>
 DUAL_LORA_INLINE void store_gradients(Storage, const typename Storage::Element* h, int64_t h_stride,
-                                      const V (&p)[R][C], const V (&q)[R][C], const GradientJob& job,
-                                      typename V::scalar* grad_p, typename V::scalar* grad_q) {
+                                      const V (&p)[R][C], const V (&q)[R][C], const GradientJob& job, To* grad_p,
+                                      To* grad_q) {
   using T = typename V::scalar;
   const V scale = V::set(static_cast<T>(job.weight_job.factors.scale)),
           bound = V::set(static_cast<T>(job.ste.clip_bound));
@@ -78,8 +83,8 @@ DUAL_LORA_INLINE void store_gradients(Storage, const typename Storage::Element* 
       const auto* from = h + i * h_stride + c * V::lanes;
       __builtin_prefetch(from + kRowBlock * h_stride, 0, 2);
       const auto grads = product_gradients(Storage::load(from), p[i][c], q[i][c], scale, job.ste.estimator, bound);
-      grads.p.store(grad_p + i * kStride + c * V::lanes);
-      grads.q.store(grad_q + i * kStride + c * V::lanes);
+      store_nearest(grads.p, grad_p + i * kStride + c * V::lanes);
+      store_nearest(grads.q, grad_q + i * kStride + c * V::lanes);
     }
 }
 
@@ -89,9 +94,11 @@ inline void store_tile(const V (&values)[R][C], typename V::scalar* block) {
     DUAL_LORA_UNROLL(c, C) values[i][c].store(block + i * kStride + c * V::lanes);
 }
 
-template <class V, class H>
+// To: the type of ∂P and ∂Q in memory, H's or (uint16_t) bf16 for contractions in pairs.
+template <class V, class H, class To = typename H::scalar>
 void gradient_kernel(const GradientJob& job, Range range, const Partials& partials, void* memory) {
   using T = typename H::scalar;
+  constexpr bool is_paired = !std::is_same_v<To, T>;
   using One = Lanes<T, 1>;
   const Factors& factors = job.weight_job.factors;
   const int64_t ranks = padded_ranks(factors), magnitude_rank = padded_rank(factors.A.rows);
@@ -108,6 +115,8 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
   for (int64_t r = 0; r < ranks; ++r)
     for (int64_t j = 0; j < cols; ++j) work.down[r * kStride + j] = 0;
   T* up = static_cast<T*>(partials.up);
+  To* const grad_p = reinterpret_cast<To*>(work.grad_p);
+  To* const grad_q = reinterpret_cast<To*>(work.grad_q);
 
   for (int64_t start = 0; start < range.rows; start += kRowBlock) {
     const int64_t rows = smaller(kRowBlock, range.rows - start);
@@ -129,8 +138,8 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
             } else {
               with_storage<V>(h.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
                 const auto* from = static_cast<const typename decltype(storage)::Element*>(h.data);
-                store_gradients(storage, from + row * h.row_stride + col, h.row_stride, p, q, job, work.grad_p + place,
-                                work.grad_q + place);
+                store_gradients(storage, from + row * h.row_stride + col, h.row_stride, p, q, job, grad_p + place,
+                                grad_q + place);
               });
             }
             if (writes_weight) work.block.put(row, col, p, q);
@@ -140,20 +149,31 @@ void gradient_kernel(const GradientJob& job, Range range, const Partials& partia
           for (int64_t j = chunk; j < stop; ++j) {
             const int64_t place = i * kStride + j;
             const One p[1][1] = {{One::set(work.p[place])}}, q[1][1] = {{One::set(work.q[place])}};
-            store_gradients(Own<One>{}, work.h + place, kStride, p, q, job, work.grad_p + place, work.grad_q + place);
+            store_gradients(Own<One>{}, work.h + place, kStride, p, q, job, grad_p + place, grad_q + place);
           }
       }
       // Of the chunk's columns, padded to whole vectors, only `present` are the job's: in the others P may be 0 · ∞.
       const int64_t present = smaller(stop, range.cols) - chunk;
       // Adds the chunk's contribution to the sums of a pair, whose ranks begin at `first` among both pairs'.
-      const auto contract = [&](const T* grad, const Pair<T>& pair, int64_t first) {
-        sum_over_rows<H>(grad + chunk, rows, stop - chunk, pair.up_block(start), stepped_rank(pair.rank),
-                         work.down + first * kStride + chunk);
-        sum_over_columns<H>(grad + chunk, rows, present, pair.down_t + chunk * padded_rank(pair.rank), pair.rank,
-                            work.up + first, ranks);
+      const auto contract = [&](To* grad, const Pair<T>& pair, int64_t first) {
+        T* const down = work.down + first * kStride + chunk;
+        const int64_t rank = stepped_rank(pair.rank), stride = padded_rank(pair.rank);
+        if constexpr (is_paired) {
+#if defined(__AVX512BF16__)
+          if (rows % 2 != 0)
+            for (int64_t j = 0; j < stop - chunk; ++j) grad[rows * kStride + j] = 0;
+          sum_over_row_pairs(grad, rows, stop - chunk, pair.up_pairs + start * stride, rank, down);
+          if (present % 2 != 0)
+            for (int64_t i = 0; i < rows; ++i) grad[i * kStride + present] = 0;
+          sum_over_column_pairs(grad, rows, present, pair.down_pairs + chunk * stride, pair.rank, work.up + first, ranks);
+#endif
+        } else {
+          sum_over_rows<H>(grad, rows, stop - chunk, pair.up_block(start), rank, down);
+          sum_over_columns<H>(grad, rows, present, pair.down_t + chunk * stride, pair.rank, work.up + first, ranks);
+        }
       };
-      if (job.magnitude) contract(work.grad_p, wide_magnitude, 0);
-      if (job.direction) contract(work.grad_q, wide_direction, magnitude_rank);
+      if (job.magnitude) contract(grad_p + chunk, wide_magnitude, 0);
+      if (job.direction) contract(grad_q + chunk, wide_direction, magnitude_rank);
     }
     if (writes_weight) work.block.end();
     for (int64_t i = 0; i < rows * ranks; ++i) up[start * ranks + i] = work.up[i];
@@ -264,6 +284,9 @@ inline size_t gradient_scratch(const GradientJob& job) {
 }
 
 inline void gradient(const GradientJob& job, Range range, const Partials& partials, void* scratch) {
+  if constexpr (kHasPairs) {
+    if (job.in_pairs) return gradient_kernel<F32, F32, uint16_t>(job, range, partials, scratch);
+  }
   if (is_wide(job.weight_job.factors.A.dtype)) gradient_kernel<F64, F64>(job, range, partials, scratch);
   else if (job.is_wide) gradient_kernel<F32, F64>(job, range, partials, scratch);
   else gradient_kernel<F32, F32>(job, range, partials, scratch);
@@ -279,7 +302,7 @@ inline void token(const TokenJob& job, int64_t row, int64_t rows, void* scratch)
 
 }  // namespace
 
-const KernelTable kernels = {pack_strip,       pack_block, weight_scratch, weight,
-                             gradient_scratch, gradient,   token_scratch,  token};
+const KernelTable kernels = {kHasPairs,        pack_strip, pack_block,    weight_scratch, weight,
+                             gradient_scratch, gradient,   token_scratch, token};
 
 }  // namespace dual_lora::DUAL_LORA_NAMESPACE

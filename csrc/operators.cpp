@@ -170,22 +170,16 @@ int64_t product_work(const Factors& factors) {
 
 bool is_wide(const Factors& factors) { return factors.A.dtype == Dtype::float64; }
 
+// What the factors are packed for.
+enum class Use { weight, gradient, gradient_in_pairs };
+
 // The factors packed for the kernels, and the memory that holds them: one tensor, since each costs about half a
 // microsecond. Every part is a whole number of cache lines.
 class PackedFactors {
  public:
-  PackedFactors(const Factors& factors, bool wide, bool transposed)
-      : memory_(torch::stable::empty(
-            {size(factors, factors.A.rows, transposed) + size(factors, factors.C.rows, transposed)},
-            wide ? ScalarType::Double : ScalarType::Float)) {
-    char* next = static_cast<char*>(memory_.data_ptr());
-    for (const bool is_magnitude : {true, false}) {
-      const int64_t rank = is_magnitude ? factors.A.rows : factors.C.rows, bytes = wide ? 8 : 4;
-      char* const up = next + down_size(rank, factors.A.cols) * bytes;
-      char* const down_t = up + up_size(rank, factors.B.rows) * bytes;
-      (is_magnitude ? view.magnitude : view.direction) = {next, up, transposed ? down_t : nullptr};
-      next += size(factors, rank, transposed) * bytes;
-    }
+  PackedFactors(const Factors& factors, bool wide, Use use)
+      : memory_(torch::stable::empty({place(factors, wide, use, nullptr)}, ScalarType::Byte)) {
+    place(factors, wide, use, static_cast<char*>(memory_.data_ptr()));
     const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
     const KernelTable& kernels = instruction_set().kernels;
     share(strips + blocks, 16, product_work(factors), [&](int64_t begin, int64_t end) {
@@ -199,9 +193,26 @@ class PackedFactors {
   Packed view;
 
  private:
-  static int64_t size(const Factors& factors, int64_t rank, bool transposed) {
-    return down_size(rank, factors.A.cols) + up_size(rank, factors.B.rows) +
-           (transposed ? down_t_size(rank, factors.A.cols) : 0);
+  // Sets the view to parts of `memory`, one after the other; how many bytes they take.
+  int64_t place(const Factors& factors, bool wide, Use use, char* memory) {
+    int64_t used = 0;
+    const auto part = [&](int64_t elements, int64_t bytes_each, bool needed) {
+      char* const from = needed && memory != nullptr ? memory + used : nullptr;
+      if (needed) used += elements * bytes_each;
+      return from;
+    };
+    const int64_t rows = factors.B.rows, cols = factors.A.cols, bytes = wide ? 8 : 4;
+    for (const bool is_magnitude : {true, false}) {
+      const int64_t rank = is_magnitude ? factors.A.rows : factors.C.rows;
+      PackedPair& pair = is_magnitude ? view.magnitude : view.direction;
+      const bool in_pairs = use == Use::gradient_in_pairs;
+      pair.down = part(down_size(rank, cols), bytes, true);
+      pair.up = part(up_size(rank, rows), bytes, true);
+      pair.down_t = part(down_t_size(rank, cols), bytes, use == Use::gradient);
+      pair.down_pairs = reinterpret_cast<uint16_t*>(part(down_pairs_size(rank, cols), 2, in_pairs));
+      pair.up_pairs = reinterpret_cast<uint16_t*>(part(up_pairs_size(rank, rows), 2, in_pairs));
+    }
+    return used;
   }
 
   Tensor memory_;
@@ -226,7 +237,7 @@ void effective_weight(const Tensor& out, const OptionalTensor& weight, const std
   const Factors factors = factors_of(tensors);
   WeightJob job = weight_job(matrix(out, "out"), weight, factors, rounding_grid(rounded_to, out), dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
-  const PackedFactors packed(factors, is_wide(factors), false);
+  const PackedFactors packed(factors, is_wide(factors), Use::weight);
   job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = instruction_set().kernels;
@@ -340,10 +351,12 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
   if (grid.units() == 0) return;
   while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
   const bool is_mixed = size == 8 && !is_wide(factors);
-  const PackedFactors packed(factors, is_wide(factors), !is_mixed);
+  const bool in_pairs = h_view.dtype == Dtype::bfloat16 && instruction_set().kernels.has_pairs;
+  const Use use = is_mixed ? Use::weight : in_pairs ? Use::gradient_in_pairs : Use::gradient;
+  const PackedFactors packed(factors, is_wide(factors), use);
   std::optional<PackedFactors> wide_packed;
-  if (is_mixed) wide_packed.emplace(factors, true, true);
-  GradientJob job = {weight_part, h_view, size == 8, is_mixed ? wide_packed->view : packed.view, ste};
+  if (is_mixed) wide_packed.emplace(factors, true, Use::gradient);
+  GradientJob job = {weight_part, h_view, size == 8, in_pairs, is_mixed ? wide_packed->view : packed.view, ste};
   job.weight_job.packed = packed.view;
   job.magnitude = targets.A.data != nullptr || targets.B.data != nullptr;
   job.direction = targets.C.data != nullptr || targets.D.data != nullptr;
@@ -399,7 +412,7 @@ void few_tokens(const Tensor& out, const Tensor& input, const OptionalTensor& we
   if (x.rows == 0) return;
   const OptionalOrigin origin = dither ? OptionalOrigin({0, 0}) : std::nullopt;
   TokenJob job = {weight_job({}, weight, factors, x.dtype, origin), x, y, bias_view};
-  const PackedFactors packed(factors, is_wide(factors), false);
+  const PackedFactors packed(factors, is_wide(factors), Use::weight);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = instruction_set().kernels;
   const int64_t rows = factors.B.rows,

@@ -39,8 +39,11 @@ class PackedFactors {
   static Pair<T> pair(int64_t rank, const PackedPair& packed, int64_t row, int64_t col) {
     T* down = static_cast<T*>(packed.down) + col / kUnitCols * padded_rank(rank) * kStride + col % kUnitCols;
     T* up = static_cast<T*>(packed.up) + row * padded_rank(rank);
-    T* down_t = packed.down_t == nullptr ? nullptr : static_cast<T*>(packed.down_t) + col * padded_rank(rank);
-    return {down, down_t, up, rank};
+    Pair<T> pair = {down, up, nullptr, nullptr, nullptr, rank};
+    if (packed.down_t != nullptr) pair.down_t = static_cast<T*>(packed.down_t) + col * padded_rank(rank);
+    if (packed.down_pairs != nullptr) pair.down_pairs = packed.down_pairs + col * padded_rank(rank);
+    if (packed.up_pairs != nullptr) pair.up_pairs = packed.up_pairs + row * padded_rank(rank);
+    return pair;
   }
 
   static void pack_strip(int64_t strip, const Matrix& matrix, const PackedPair& packed) {
@@ -50,10 +53,18 @@ class PackedFactors {
     const Pair<T> to = pair(matrix.rows, packed, 0, col);
     load_block<V>(at(matrix, 0, col), matrix.rows, cols, to.down, kStride, padded);
     for (int64_t i = matrix.rows * kStride; i < rank * kStride; ++i) to.down[i] = 0;
-    if (to.down_t == nullptr) return;
-    for (int64_t start = 0; start < padded; start += V::lanes)
-      for (int64_t r = 0; r < rank; ++r)
-        for (int64_t j = start; j < start + V::lanes; ++j) to.down_t[j * rank + r] = to.down[r * kStride + j];
+    if (to.down_t != nullptr)
+      for (int64_t start = 0; start < padded; start += V::lanes)
+        for (int64_t r = 0; r < rank; ++r)
+          for (int64_t j = start; j < start + V::lanes; ++j) to.down_t[j * rank + r] = to.down[r * kStride + j];
+    if constexpr (kHasPairs && std::is_same_v<V, F32>) {
+      uint16_t rounded[kUnitCols];
+      if (to.down_pairs != nullptr)
+        for (int64_t r = 0; r < rank; ++r) {
+          for (int64_t j = 0; j < padded; j += V::lanes) store_nearest(V::load(to.down + r * kStride + j), rounded + j);
+          for (int64_t j = 0; j < padded; ++j) to.down_pairs[j / 2 * 2 * rank + 2 * r + j % 2] = rounded[j];
+        }
+    }
   }
 
   static void pack_block(int64_t block, const Matrix& matrix, const PackedPair& packed) {
@@ -66,6 +77,15 @@ class PackedFactors {
       load_block<V>(at(matrix, row, start), rows, present, dense, kPiece, piece);
       for (int64_t r = 0; r < piece; ++r)
         for (int64_t i = 0; i < rows; ++i) to.up[(start + r) * kRowBlock + i] = dense[i * kPiece + r];
+    }
+    if constexpr (kHasPairs && std::is_same_v<V, F32>) {
+      if (to.up_pairs == nullptr) return;
+      for (int64_t r = 0; r < rank; ++r) {
+        T line[kRowBlock] = {};  // zeros for rows that the block does not have
+        for (int64_t i = 0; i < rows; ++i) line[i] = to.up[r * kRowBlock + i];
+        for (int64_t i = 0; i < kRowBlock; i += V::lanes)
+          store_nearest(V::load(line + i), to.up_pairs + r * kRowBlock + i);
+      }
     }
   }
 

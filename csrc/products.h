@@ -16,11 +16,14 @@ namespace {
 // A factor pair of a unit, packed. `down`: [padded rank, kStride]; `down_t`: the same, [kUnitCols, padded rank]; `up`:
 // [blocks of kRowBlock rows, padded rank, kRowBlock], so that a block's column is dense. Blocks of W, H and gradients
 // have rows of kStride too.
+// In bf16: `down_pairs` [kUnitCols / 2, padded rank, 2], and `up_pairs` as `up`.
 template <class T>
 struct Pair {
   T* down;
-  T* down_t;
   T* up;
+  T* down_t;
+  uint16_t* down_pairs;
+  uint16_t* up_pairs;
   int64_t rank;
 
   const T* up_block(int64_t row) const { return up + row * padded_rank(rank); }
@@ -143,6 +146,71 @@ inline void sum_over_columns(const typename V::scalar* block, int64_t rows, int6
                              sums_stride);
   }
 }
+
+#if defined(__AVX512BF16__)
+// ---- the same contractions of a block in bf16, two products at a time, summed in fp32
+
+// sums[r, 2 vectors] += Σ_i up[r, i] · block[i, 2 vectors] for R values of r; `pairs` pairs of rows.
+template <int R>
+inline void sum_over_row_pairs(const uint16_t* block, int64_t pairs, const uint16_t* up, float* sums) {
+  F32 total[R][2];
+  DUAL_LORA_UNROLL(r, R)
+    DUAL_LORA_UNROLL(c, 2) total[r][c] = F32::load(sums + r * kStride + c * F32::lanes);
+  for (int64_t pair = 0; pair < pairs; ++pair, block += 2 * kStride, up += 2) {
+    Pairs low, high;
+    pair_rows(Pairs::load(block), Pairs::load(block + kStride), low, high);
+    DUAL_LORA_UNROLL(r, R) {
+      const Pairs factor = Pairs::set(up + r * kRowBlock);
+      total[r][0] = dot(factor, low, total[r][0]);
+      total[r][1] = dot(factor, high, total[r][1]);
+    }
+  }
+  DUAL_LORA_UNROLL(r, R)
+    DUAL_LORA_UNROLL(c, 2) total[r][c].store(sums + r * kStride + c * F32::lanes);
+}
+
+// The whole of it: block [rows, cols] with a row of zeros after an odd number, sums [rank, kStride].
+inline void sum_over_row_pairs(const uint16_t* block, int64_t rows, int64_t cols, const uint16_t* up, int64_t rank,
+                               float* sums) {
+  constexpr int R = 12;
+  const int64_t pairs = (rows + 1) / 2;
+  for (int64_t j = 0; j < cols; j += 2 * F32::lanes) {
+    int64_t r = 0;
+    for (; r + R <= rank; r += R) sum_over_row_pairs<R>(block + j, pairs, up + r * kRowBlock, sums + r * kStride + j);
+    for (; r < rank; r += kRankStep)
+      sum_over_row_pairs<kRankStep>(block + j, pairs, up + r * kRowBlock, sums + r * kStride + j);
+  }
+}
+
+// sums[i, vector of r] += Σ_j block[i, j] · down[j, vector of r] for I rows; `pairs` pairs of columns.
+template <int I>
+inline void sum_over_column_pairs(const uint16_t* block, int64_t pairs, const uint16_t* down, int64_t rank_stride,
+                                  float* sums, int64_t sums_stride) {
+  F32 total[I];
+  DUAL_LORA_UNROLL(i, I) total[i] = F32::load(sums + i * sums_stride);
+  for (int64_t pair = 0; pair < pairs; ++pair, block += 2, down += 2 * rank_stride) {
+    const Pairs line = Pairs::load(down);
+    DUAL_LORA_UNROLL(i, I) total[i] = dot(Pairs::set(block + i * kStride), line, total[i]);
+  }
+  DUAL_LORA_UNROLL(i, I) total[i].store(sums + i * sums_stride);
+}
+
+// The whole of it: block [rows, cols] with a column of zeros after an odd number, sums [rows, sums_stride].
+inline void sum_over_column_pairs(const uint16_t* block, int64_t rows, int64_t cols, const uint16_t* down, int64_t rank,
+                                  float* sums, int64_t sums_stride) {
+  constexpr int I = kRowBlock;
+  const int64_t pairs = (cols + 1) / 2, stride = padded_rank(rank);
+  for (int64_t r = 0; r < rank; r += F32::lanes) {
+    if (rows == I) {
+      sum_over_column_pairs<I>(block, pairs, down + 2 * r, stride, sums + r, sums_stride);
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        sum_over_column_pairs<1>(block + i * kStride, pairs, down + 2 * r, stride, sums + i * sums_stride + r,
+                                 sums_stride);
+    }
+  }
+}
+#endif
 
 // sums[i, t] += block[i, :] · x[t, :], lane by lane, for I rows and X tokens; sums are whole vectors.
 template <class V, int I, int X>

@@ -104,8 +104,8 @@ struct Options {
 class PackedMemory {
  public:
   PackedMemory(const KernelTable& kernels, const Factors& factors, bool wide)
-      : magnitude_(factors.A.rows, factors, wide),
-        direction_(factors.C.rows, factors, wide),
+      : magnitude_(factors.A.rows, factors, wide, kernels.has_pairs && !wide),
+        direction_(factors.C.rows, factors, wide, kernels.has_pairs && !wide),
         view{magnitude_.view(), direction_.view()} {
     for (int64_t strip = 0; strip * kUnitCols < factors.A.cols; ++strip) kernels.pack_strip(factors, wide, strip, view);
     for (int64_t block = 0; block * kRowBlock < factors.B.rows; ++block) kernels.pack_block(factors, wide, block, view);
@@ -113,14 +113,21 @@ class PackedMemory {
 
  private:
   struct PairMemory {
-    Memory down, up, down_t;
+    Memory down, up, down_t, down_pairs, up_pairs;
+    bool in_pairs;
 
-    PairMemory(int64_t rank, const Factors& factors, bool wide)
+    PairMemory(int64_t rank, const Factors& factors, bool wide, bool pairs)
         : down(bytes(down_size(rank, factors.A.cols), wide)),
           up(bytes(up_size(rank, factors.B.rows), wide)),
-          down_t(bytes(down_t_size(rank, factors.A.cols), wide)) {}
+          down_t(bytes(down_t_size(rank, factors.A.cols), wide)),
+          down_pairs(static_cast<size_t>(down_pairs_size(rank, factors.A.cols)) * 2),
+          up_pairs(static_cast<size_t>(up_pairs_size(rank, factors.B.rows)) * 2),
+          in_pairs(pairs) {}
 
-    PackedPair view() const { return {down.data(), up.data(), down_t.data()}; }
+    PackedPair view() const {
+      return {down.data(), up.data(), down_t.data(), in_pairs ? static_cast<uint16_t*>(down_pairs.data()) : nullptr,
+              in_pairs ? static_cast<uint16_t*>(up_pairs.data()) : nullptr};
+    }
     static size_t bytes(int64_t elements, bool wide) { return static_cast<size_t>(elements) * (wide ? 8 : 4); }
   };
 
@@ -164,7 +171,12 @@ struct Inputs {
         h(o.h, shape.rows, shape.cols, o.layout),
         x(o.out, shape.tokens, shape.cols, o.layout),
         bias(o.weight, 1, shape.rows, o.layout),
-        factors{A.fill(3, 0.5).view, B.fill(3, 0.5).view, C.fill(1, 1).view, D.fill(1, 1).view, 0.0625} {
+        // With H in bf16, ∂P and ∂Q are rounded to it where the processor multiplies pairs: 8 bits must be enough.
+        factors{o.h == Dtype::bfloat16 ? A.fill(1, 1).view : A.fill(3, 0.5).view,
+                o.h == Dtype::bfloat16 ? B.fill(1, 1).view : B.fill(3, 0.5).view,
+                C.fill(1, 1).view,
+                D.fill(1, 1).view,
+                0.0625} {
     weight.fill(64, 1.0 / 64);
     h.fill(3, 1);
     x.fill(3, 1);
@@ -185,7 +197,8 @@ void run(const KernelTable& kernels, const Shape& shape, const Options& options,
   for_each_unit(shape, options, [&](int64_t, Range range) { kernels.weight(job, range, scratch.data()); });
 
   const bool wide_sums = options.h == Dtype::float64;
-  GradientJob gradient = {job, inputs.h.view, wide_sums, packed.view, {options.estimator, 0.5}, true, true};
+  GradientJob gradient = {job, inputs.h.view, wide_sums, options.h == Dtype::bfloat16 && kernels.has_pairs,
+                          packed.view, {options.estimator, 0.5}, true, true};
   gradient.weight_job.out = results.second.view;
   gradient.weight_job.streams = false;
   if (wide_sums) gradient.wide_packed = wide_packed.view;

@@ -68,6 +68,8 @@ struct F64 {
   void stream(double* p) const { _mm256_stream_pd(p, v); }
 };
 
+constexpr bool kHasPairs = false;
+
 // After stream(): other threads see what was written.
 inline void fence() { _mm_sfence(); }
 

@@ -1,4 +1,4 @@
-// AVX-512F vectors. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return their second
+// AVX-512F vectors, with products of bf16 pairs where the file is compiled for those. Comparisons with NaN are false, and relu and clamp keep a NaN: min and max return their second
 // operand where one is NaN.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace dual_lora::avx512 {
+namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
 
 struct F32 {
@@ -66,6 +66,12 @@ struct F64 {
   void stream(double* p) const { _mm512_stream_pd(p, v); }
 };
 
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
 // After stream(): other threads see what was written.
 inline void fence() { _mm_sfence(); }
 
@@ -116,8 +122,39 @@ inline F64 clamp(F64 x, F64 bound) {
   return {_mm512_min_pd(bound.v, _mm512_max_pd(_mm512_sub_pd(_mm512_setzero_pd(), bound.v), x.v))};
 }
 
+#if defined(__AVX512BF16__)
+// For each lane of an F32, two bf16 numbers next to each other.
+struct Pairs {
+  __m512bh v;
+  static Pairs load(const uint16_t* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+  // One pair in all lanes.
+  static Pairs set(const uint16_t* p) {
+    int pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair))};
+  }
+};
+
+// The numbers of two rows' 32 columns, pair by pair: columns 0 … 15 in `low`, the others in `high`.
+inline void pair_rows(Pairs first, Pairs second, Pairs& low, Pairs& high) {
+  const __m512i a = reinterpret_cast<__m512i>(first.v), b = reinterpret_cast<__m512i>(second.v);
+  const __m512i half = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  low.v = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(a, half, b));
+  const __m512i other = _mm512_add_epi16(half, _mm512_set1_epi16(16));
+  high.v = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(a, other, b));
+}
+
+// c + a₀·b₀ + a₁·b₁ in each lane.
+inline F32 dot(Pairs a, Pairs b, F32 c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
+
+inline void store_nearest(F32 x, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+}
+#endif
+
 inline float sum(F32 x) { return _mm512_reduce_add_ps(x.v); }
 inline double sum(F64 x) { return _mm512_reduce_add_pd(x.v); }
 
 }  // namespace
-}  // namespace dual_lora::avx512
+}  // namespace dual_lora::DUAL_LORA_NAMESPACE

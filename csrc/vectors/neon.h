@@ -54,6 +54,8 @@ struct F64 {
   void stream(double* p) const { store(p); }
 };
 
+constexpr bool kHasPairs = false;
+
 inline void fence() {}
 
 inline F32 fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }

@@ -9,6 +9,8 @@ namespace {
 using F32 = Lanes<float, 8>;
 using F64 = Lanes<double, 4>;
 
+constexpr bool kHasPairs = false;
+
 inline void fence() {}
 
 }  // namespace
