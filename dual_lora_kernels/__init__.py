@@ -12,7 +12,7 @@ from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
 from .merging import dual_lora_merge_
-from .model import apply_dual_lora, merge_dual_lora
+from .model import apply_dual_lora, merge_dual_lora, prepared
 from .parameter_groups import dual_lora_parameter_groups
 from .runtime_settings import (
     set_default_backend,
@@ -42,6 +42,7 @@ __all__ = [
     "load_dual_lora",
     "load_dual_lora_state_dict",
     "merge_dual_lora",
+    "prepared",
     "save_dual_lora",
     "set_default_backend",
     "set_strategy",

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_
+from .prepared import PreparedWeight, state_of
 from .validation import (
     LARGEST_SCALE,
     SUPPORTED_DTYPES,
@@ -181,6 +182,7 @@ class DualLoraLinear(nn.Module):
         self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
         self.dropout = nn.Dropout(float(dropout))
         self._unmerged_weight: torch.Tensor | None = None
+        self._prepared: PreparedWeight | None = None
 
         base: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **base), requires_grad=False)
@@ -280,7 +282,50 @@ class DualLoraLinear(nn.Module):
             return self._base_linear(input)
         if self.training and self.dropout.p > 0:
             return self._base_linear(input) + self._adapted(self.dropout(input), None, None)
+        weight = None if self._prepared is None else self._prepared_weight(input)
+        if weight is not None:
+            bias = None if self.bias is None else self.bias.to(weight.dtype)
+            return nn.functional.linear(input, weight, bias)
         return self._adapted(input, self._oriented_weight(), self.bias)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare` has been called, and neither `release` nor a change has ended it."""
+        return self._prepared is not None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Keep round(W0 + ΔW) in memory, so that calls without gradients take the time of ``nn.Linear``.
+
+        The copy [out_features, in_features] has the weight's dtype, and serves calls that compute in it. All other
+        calls run as ever, and so does every call once the weight, a factor or the scale has changed; the log then says
+        so. W0 is not touched. `dual_lora_kernels.prepared` does this for a model, in a ``with`` block.
+
+        Raises RuntimeError if the layer is merged, ValueError as `merge` does.
+        """
+        if self.merged:
+            raise RuntimeError("DualLoraLinear is merged: there is nothing to prepare")
+        weight = self._oriented_weight().detach().clone(memory_format=torch.contiguous_format)
+        self._merge_into(weight)
+        self._prepared = PreparedWeight(weight, state_of(self._sources()))
+
+    def release(self) -> None:
+        """Forget what `prepare` keeps."""
+        self._prepared = None
+
+    def _sources(self) -> tuple[torch.Tensor, ...]:
+        """What W is made from."""
+        return self.weight, self.A, self.B, self.C, self.D, self.scale
+
+    def _prepared_weight(self, input: torch.Tensor) -> torch.Tensor | None:
+        """The prepared W where it serves a call on `input`."""
+        sources = self._sources()
+        if self._prepared is None or not self._prepared.serves(input, (*sources, self.bias)):
+            return None
+        if not self._prepared.is_current(sources):
+            self._prepared = None
+            return None
+        return self._prepared.weight
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW [out_features, in_features] in the factors' dtype, materialised: for inspection and export."""
@@ -299,6 +344,7 @@ class DualLoraLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged already: call unmerge() first")
+        self.release()
         before = self.weight.detach().to("cpu", copy=True)
         self._merge_into(self._oriented_weight().detach())
         self._unmerged_weight = before
@@ -336,6 +382,7 @@ class DualLoraLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualLoraLinear:
         # A bf16 scale would be off by up to 0.4 %, and a warmed-up one by more than a step.
         scale = self.scale
+        self.release()
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(device=self.scale.device, dtype=torch.float32)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -101,6 +102,23 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
         plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
     return model
+
+
+@contextmanager
+def prepared(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this ``with`` block, every Dual LoRA layer of `model` keeps W in memory: see `DualLoraLinear.prepare`.
+
+    This is for generating text from an adapter that stays as it is: a token then takes the base model's time, at the
+    price of a second copy of the adapted weights. Layers that are merged, or prepared already, stay as they are.
+    """
+    layers = [layer for _, layer in dual_lora_layers(model) if not (layer.merged or layer.prepared)]
+    try:
+        for layer in layers:
+            layer.prepare()
+        yield model
+    finally:
+        for layer in layers:
+            layer.release()
 
 
 def _copied(weight: nn.Parameter) -> nn.Parameter:
