@@ -212,6 +212,19 @@ struct TokenMemory {
         used(scratch.used) {}
 };
 
+// sums[i] += W[i, :] · x, lane by lane, for one tile and one token, as token_product does it.
+template <class V, int R, int C>
+DUAL_LORA_INLINE void add_product(WeightBlock<V>& block, const typename V::scalar* x, typename V::scalar* sums,
+                                  int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
+  V weight[R][C];
+  block.value(row, col, p, q, weight);
+  DUAL_LORA_UNROLL(i, R) {
+    V total = V::load(sums + i * V::lanes);
+    DUAL_LORA_UNROLL(c, C) total = fma(weight[i][c], V::load(x + c * V::lanes), total);
+    total.store(sums + i * V::lanes);
+  }
+}
+
 template <class V>
 void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) {
   using T = typename V::scalar;
@@ -230,12 +243,19 @@ void token_kernel(const TokenJob& job, int64_t row, int64_t rows, void* memory) 
     for (int64_t start = 0; start < rows; start += kRowBlock) {
       const int64_t block = smaller(kRowBlock, rows - start);
       work.block.begin(row + start, block, weight);
+      T* sums = work.sums + start * tokens * V::lanes;
+      if (tokens == 1 && work.block.is_final()) {  // from register to register
+        for_each_tile<V>(magnitude, direction, start, block, 0, padded,
+                         [&](int64_t i, int64_t j, const auto& p, const auto& q) DUAL_LORA_INLINE_LAMBDA {
+                           add_product(work.block, work.x + j, sums + i * V::lanes, i, j, p, q);
+                         });
+        continue;
+      }
       for_each_tile<V>(magnitude, direction, start, block, 0, padded,
                        [&](int64_t i, int64_t j, const auto& p, const auto& q) { work.block.put(i, j, p, q); });
       work.block.end();
       for (int64_t i = 0; i < block; ++i)
         for (int64_t j = cols; j < padded; ++j) work.weight[i * kStride + j] = 0;
-      T* sums = work.sums + start * tokens * V::lanes;
       if (tokens == 1) token_product<V, 1>(work.weight, block, padded, work.x, tokens, sums);
       else token_product<V, kTokenStep>(work.weight, block, padded, work.x, tokens, sums);
     }

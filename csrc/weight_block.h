@@ -64,19 +64,21 @@ class WeightBlock {
     base_ = block(base_block_);
   }
 
-  // One tile of the block. All loads come before the stores: rows of W0 and of the output tend to be multiples of 4 KiB
-  // apart, and a load that follows such a store waits for it.
+  // Whether `value` gives W itself: not yet where W0 is fp64 and the factors are not, or vectors reach past the columns.
+  bool is_final() const { return is_direct_; }
+
+  // W of one tile of the block; final as `is_final` says.
   template <int R, int C>
-  DUAL_LORA_INLINE void put(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
-    V total[R][C];
+  DUAL_LORA_INLINE void value(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C], V (&total)[R][C]) {
     DUAL_LORA_UNROLL(i, R)
       DUAL_LORA_UNROLL(c, C) total[i][c] = update(p[i][c], q[i][c], scale_);
     if (base_.data != nullptr && !is_widened()) {
       with_storage<V>(base_.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
-        const auto* base = static_cast<const typename decltype(storage)::Element*>(base_.data) + row * base_.row_stride + col;
+        using Element = typename decltype(storage)::Element;
+        const Element* base = static_cast<const Element*>(base_.data) + row * base_.row_stride + col;
         DUAL_LORA_UNROLL(i, R)
           DUAL_LORA_UNROLL(c, C) {
-            const auto* from = base + i * base_.row_stride + c * V::lanes;
+            const Element* from = base + i * base_.row_stride + c * V::lanes;
             // The next block's rows, far apart in memory, one line at a time.
             __builtin_prefetch(from + kRowBlock * base_.row_stride, 0, 2);
             total[i][c] = add(storage.load(from), total[i][c]);
@@ -86,9 +88,18 @@ class WeightBlock {
     if constexpr (std::is_same_v<V, F32>) {
       if (is_direct_ && size_of(job_.grid) == 2) {
         DUAL_LORA_UNROLL(i, R)
-          DUAL_LORA_UNROLL(c, C) total[i][c] = on_grid(total[i][c], job_.grid, field().row(row + i, col + c * V::lanes));
+          DUAL_LORA_UNROLL(c, C)
+            total[i][c] = on_grid(total[i][c], job_.grid, field().row(row + i, col + c * V::lanes));
       }
     }
+  }
+
+  // Writes one tile of the block. All loads come before the stores: rows of W0 and of the output tend to be multiples of
+  // 4 KiB apart, and a load that follows such a store waits for it.
+  template <int R, int C>
+  DUAL_LORA_INLINE void put(int64_t row, int64_t col, const V (&p)[R][C], const V (&q)[R][C]) {
+    V total[R][C];
+    value(row, col, p, q, total);
     with_storage<V>(out_.dtype, [&](auto storage) DUAL_LORA_INLINE_LAMBDA {
       auto* out = static_cast<typename decltype(storage)::Element*>(out_.data) + row * out_.row_stride + col;
       if (streams_) {
