@@ -137,16 +137,16 @@ struct Grid {
 };
 
 // Units of kUnitCols columns, with rows to make at least `units` of them in a large block: fewer rows load the factors'
-// columns into cache more often, more leave cores without work.
-Grid grid_of(const Factors& factors, int64_t units) {
+// columns into cache more often, more leave cores without work. At least `fewest` rows.
+Grid grid_of(const Factors& factors, int64_t units, int64_t fewest) {
   const int64_t rows = factors.B.rows, cols = factors.A.cols;
   const int64_t wanted = count(rows * count(cols, kUnitCols), units);
-  return {rows, cols, std::max(kRowBlock, count(wanted, kRowBlock) * kRowBlock), kUnitCols};
+  return {rows, cols, std::max(fewest, count(wanted, kRowBlock) * kRowBlock), kUnitCols};
 }
 
 // Multiply-adds up to which a second thread is left alone: it takes 10 µs to begin, 50 where it sleeps between regions
-// (OMP_WAIT_POLICY), and these are done in about 50.
-constexpr int64_t kLittleWork = int64_t{1} << 21;
+// (OMP_WAIT_POLICY), and these are done in 30.
+constexpr int64_t kLittleWork = int64_t{1} << 20;
 
 // Calls run(begin, end) on ranges of 0 … count, which cost `work` multiply-adds altogether.
 template <class F>
@@ -182,7 +182,8 @@ class PackedFactors {
     place(factors, wide, use, static_cast<char*>(memory_.data_ptr()));
     const int64_t strips = count(factors.A.cols, kUnitCols), blocks = count(factors.B.rows, kRowBlock);
     const KernelTable& kernels = instruction_set().kernels;
-    share(strips + blocks, 16, product_work(factors), [&](int64_t begin, int64_t end) {
+    const int64_t elements = (factors.A.rows + factors.C.rows) * (factors.A.cols + factors.B.rows);
+    share(strips + blocks, 16, elements * 8, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         if (part < strips) kernels.pack_strip(factors, wide, part, view);
         else kernels.pack_block(factors, wide, part - strips, view);
@@ -241,7 +242,7 @@ void effective_weight(const Tensor& out, const OptionalTensor& weight, const std
   job.packed = packed.view;
   job.streams = job.out.rows * job.out.cols >= kStreamedElements && job.out.data != job.weight.data;
   const KernelTable& kernels = instruction_set().kernels;
-  const Grid grid = grid_of(factors, 128);
+  const Grid grid = grid_of(factors, 128, kRowBlock);
   for_each_unit(grid.units(), kernels.weight_scratch(job), product_work(factors), [&](int64_t unit, void* scratch) {
     kernels.weight(job, grid.range(unit / grid.strips(), unit % grid.strips()), scratch);
   });
@@ -347,7 +348,7 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
       gradient_target(gradients[0], "grad_A", factors.A, h), gradient_target(gradients[1], "grad_B", factors.B, h),
       gradient_target(gradients[2], "grad_C", factors.C, h), gradient_target(gradients[3], "grad_D", factors.D, h)};
   const int64_t ranks = padded_ranks(factors), size = h_view.dtype == Dtype::float64 ? 8 : 4;
-  Grid grid = grid_of(factors, 32);
+  Grid grid = grid_of(factors, 32, 4 * kRowBlock);  // each unit writes sums of its own
   if (grid.units() == 0) return;
   while (partial_size(grid, ranks) * size > workspace && grid.unit_cols > 64) grid.unit_cols /= 2;
   const bool is_mixed = size == 8 && !is_wide(factors);

@@ -77,11 +77,14 @@ def gradients(
     dtype = block.factors.A.dtype
     wide = accumulation_dtype(torch.promote_types(grad.dtype, dtype))
     grad_weight = weight_gradient(grad, weight) if wanted[5] else None
-    targets = ParameterGradients.zeros(block.factors, wanted[1:5], wide)._replace(weight=grad_weight)
-    rows = None if input is None else _dense(input)
-    grad_input = passes.gradients(_dense(grad), rows, wanted[0], block, estimator, targets, call.backend, call.settings)
-    results = [accumulator.to(dtype) for accumulator in targets[:4] if accumulator is not None]
-    return [*([] if grad_input is None else [grad_input]), *results, *([] if grad_weight is None else [grad_weight])]
+    targets = ParameterGradients.zeros(block.factors, wanted[1:5], wide, grad_weight)
+    grad, rows = _dense(grad), None if input is None else _dense(input)
+    results = [
+        passes.gradients(grad, rows, wanted[0], block, estimator, targets, call.backend, call.settings),
+        *(targets[:4] if wide == dtype else [None if each is None else each.to(dtype) for each in targets[:4]]),
+        grad_weight,
+    ]
+    return [each for each in results if each is not None]
 
 
 def weight_gradient(grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

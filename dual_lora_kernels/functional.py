@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ def _is_observed() -> bool:
 def _autocasts(tensor: torch.Tensor) -> bool:
     """Whether autocast would act on what is called for `tensor`; operators turn it off for themselves."""
     device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch._C._is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class _Checked(NamedTuple):
@@ -111,6 +112,7 @@ class _Checked(NamedTuple):
     """None where only the operators can serve the call: tensor subclasses and devices without data."""
 
 
+_metadata = attrgetter("__class__", "shape", "dtype", "device", "layout")
 _checked: dict[tuple[object, ...], _Checked] = {}
 _MOST_CHECKED = 4096
 """Kinds of calls remembered; a model has a few for each shape of layer and number of tokens."""
@@ -217,12 +219,9 @@ def _remembered(
     try:
         key: tuple[object, ...] = (
             ste, rounding, backend, clip_bound, type(clip_bound), current_settings(),
-            *(each for t in (input, A, B, C, D, scale) for each in (type(t), t.shape, t.dtype, t.device, t.layout)),
-            *(
-                each for t in (weight, bias) if t is not None
-                for each in (t is bias, type(t), t.shape, t.dtype, t.device, t.layout)
-            ),
-            scale.requires_grad,
+            _metadata(input), _metadata(A), _metadata(B), _metadata(C), _metadata(D),
+            None if weight is None else _metadata(weight), None if bias is None else _metadata(bias),
+            _metadata(scale), scale.requires_grad,
         )  # fmt: skip
         known = _checked.get(key)
     except (AttributeError, RuntimeError, TypeError):  # what is no dense tensor, or no setting: the checks say which

@@ -25,6 +25,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32
 
 
+@cache
 def token_product_dtype(
     dtype: torch.dtype, factor_dtype: torch.dtype, device_type: str, may_be_rounded: bool
 ) -> torch.dtype:

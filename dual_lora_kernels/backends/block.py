@@ -56,17 +56,18 @@ class ParameterGradients(NamedTuple):
     weight: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, factors: Factors, wanted: Sequence[bool], dtype: torch.dtype) -> ParameterGradients:
-        """Zeros for those of A, B, C, D that are wanted."""
-        gradients = cls(
-            *(
-                torch.empty_like(each, dtype=dtype) if want else None
-                for each, want in zip(factors, wanted, strict=False)
-            )
-        )
-        if gradients.factors_wanted:
-            torch._foreach_zero_([each for each in gradients if each is not None])  # one launch on a GPU, not four
-        return gradients
+    def zeros(
+        cls, factors: Factors, wanted: Sequence[bool], dtype: torch.dtype, weight: torch.Tensor | None = None
+    ) -> ParameterGradients:
+        """Zeros for those of A, B, C, D that are wanted; `weight` as it is."""
+        targets = [
+            torch.empty_like(factor, dtype=dtype) if want else None
+            for factor, want in zip(factors[:4], wanted, strict=True)
+        ]
+        existing = [target for target in targets if target is not None]
+        if existing:
+            torch._foreach_zero_(existing)  # one launch on a GPU, not four
+        return cls(*targets, weight)
 
     def rows(self, start: int, stop: int) -> ParameterGradients:
         """The gradients of rows start … stop of the block."""
@@ -221,7 +222,9 @@ class Block(NamedTuple):
 
     def load_base(self, out: torch.Tensor) -> torch.Tensor | None:
         """W0 for a kernel that writes W into `out`: where it lies, or else loaded into `out`; None without W0."""
-        if self.base is None or self.base.dense is not None:
-            return self.dense_base
-        self.base.load(out)
-        return out
+        if self.base is None:
+            return None
+        dense = self.base.dense
+        if dense is None:
+            self.base.load(out)
+        return out if dense is None else dense

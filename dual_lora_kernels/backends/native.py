@@ -27,6 +27,7 @@ _OPERATORS = (
     "cpu_weight_and_factor_gradients",
     "cpu_few_tokens",
 )
+_ops: Any = torch.ops.dual_lora_kernels
 _ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
 """Numbers as in csrc/job.h."""
 
@@ -57,7 +58,7 @@ class NativeBackend:
 
     def description(self) -> str:
         """What runs, in words."""
-        return f"{_ops().cpu_capability()} kernels on {torch.get_num_threads()} threads"
+        return f"{_ops.cpu_capability()} kernels on {torch.get_num_threads()} threads"
 
     def weight_temporaries(self, workspace: int) -> int:
         return workspace // 4  # it needs none, but its speed was measured with panels of three quarters
@@ -66,13 +67,13 @@ class NativeBackend:
         return workspace // 4  # partial sums of the factors' gradients
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        _ops().cpu_effective_weight(out, block.load_base(out), block.factors, block.dtype, _dither(block))
+        _ops.cpu_effective_weight(out, block.load_base(out), block.factors, block.dtype, _dither(block))
 
     def factor_gradients(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
-        _ops().cpu_factor_gradients(h, block.factors, gradients[:4], kind, estimator.bound, budget)
+        _ops.cpu_factor_gradients(h, block.factors, gradients[:4], kind, estimator.bound, budget)
 
     def weight_and_factor_gradients(
         self,
@@ -85,7 +86,7 @@ class NativeBackend:
     ) -> None:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
         results, weight = (out, *gradients[:4]), block.load_base(out)
-        _ops().cpu_weight_and_factor_gradients(
+        _ops.cpu_weight_and_factor_gradients(
             results, weight, h, block.factors, block.dtype, _dither(block), kind, estimator.bound, budget
         )
 
@@ -108,7 +109,7 @@ class NativeFewTokens:
     ) -> torch.Tensor:
         out = input.new_empty(input.shape[0], block.shape[0])
         dithers = is_dithered(block.dtype, block.rounding)
-        _ops().cpu_few_tokens(out, input, block.dense_base, block.factors, bias, dithers)
+        _ops.cpu_few_tokens(out, input, block.dense_base, block.factors, bias, dithers)
         return out
 
     def token_product(self, *args: Any) -> None:
@@ -126,7 +127,7 @@ def _load_failure() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"its C++ library cannot be loaded ({error}); reinstall the package against this PyTorch"
-    if not all(hasattr(_ops(), name) for name in _OPERATORS):
+    if not all(hasattr(_ops, name) for name in _OPERATORS):
         return "its C++ library is another version's; install the package again"
     return None
 
@@ -159,7 +160,3 @@ def _is_whole(library: Path) -> bool:
 def _dither(block: Block) -> tuple[int, int] | None:
     """Where the block begins in the dither's field; None where W is rounded to nearest."""
     return block.origin if is_dithered(block.dtype, block.rounding) else None
-
-
-def _ops() -> Any:
-    return torch.ops.dual_lora_kernels
