@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import passes
+from . import panels, passes
 from .backends import Backend, Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
 from .precision import accumulation_dtype
 from .validation import check_scale_value
@@ -36,6 +36,8 @@ class Call(NamedTuple):
     rounding: str
     backend: Backend
     settings: Settings
+    is_whole: bool = False
+    """Whether the passes go straight to `panels.whole_forward` and, where all is wanted, `whole_gradients`."""
 
     def block(self, weight: torch.Tensor | None, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> Block:
         """The full weight as one block."""
@@ -57,6 +59,8 @@ def linear(
     check_scale_value(block.factors.scale)
     if bias is not None:
         bias = bias.to(input.dtype).contiguous()
+    if call.is_whole:
+        return panels.whole_forward(_dense(input), block, bias, call.backend, call.settings)
     return passes.forward(_dense(input), block, bias, call.backend, call.settings)
 
 
@@ -79,8 +83,14 @@ def gradients(
     grad_weight = weight_gradient(grad, weight) if wanted[5] else None
     targets = ParameterGradients.zeros(block.factors, wanted[1:5], wide, grad_weight)
     grad, rows = _dense(grad), None if input is None else _dense(input)
+    shared = call.backend.shared_products
+    grad_input: torch.Tensor | None
+    if call.is_whole and shared is not None and rows is not None and wanted[0] and any(wanted[1:5]):
+        grad_input = panels.whole_gradients(grad, rows, block, estimator, targets, shared, call.settings)
+    else:
+        grad_input = passes.gradients(grad, rows, wanted[0], block, estimator, targets, call.backend, call.settings)
     results = [
-        passes.gradients(grad, rows, wanted[0], block, estimator, targets, call.backend, call.settings),
+        grad_input,
         *(targets[:4] if wide == dtype else [None if each is None else each.to(dtype) for each in targets[:4]]),
         grad_weight,
     ]

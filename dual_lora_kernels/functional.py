@@ -191,7 +191,7 @@ def dual_lora_linear(
         rows = rows.reshape(-1, rows.shape[-1])
     differentiable = (rows, weight, A, B, C, D, bias)
     out: torch.Tensor
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in differentiable]):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         out = DualLoraFunction.apply(*differentiable, scale, checked.estimator, checked.options, call)
     else:
         out = _linear(call, checked.options, rows, weight, (A, B, C, D, scale), bias)
@@ -277,6 +277,12 @@ def _check(
     call = None
     if plain and not torch.compiler.is_compiling() and A.device.type != "meta":
         call = options.resolve(A.device, input.dtype, A.dtype)
+        factors = Factors(A, B, C, D, A)  # the scale plays no part
+        fused, tokens = call.backend.fused, input.numel() // in_features
+        has_own_pass = fused is not None and (tokens == 0 or fused.preferred("forward", input.new_empty(tokens, 0)))
+        if options.strategy == "auto" and not has_own_pass:
+            shape = out_features, in_features
+            call = call._replace(is_whole=panels.fits_whole(shape, input.dtype, factors, call.backend, call.settings))
     return _Checked(options, Estimator(ste, clip_bound), out_features, call)
 
 

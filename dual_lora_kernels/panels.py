@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .backends import Backend, Block, Estimator, ParameterGradients, Settings, SharedProducts
+from .backends import Backend, Block, Estimator, Factors, ParameterGradients, Settings, SharedProducts
 from .panel_split import Panels, longest, split, total_waves, waves_for
 from .products import product_dtype, token_product, token_product_dtype, token_product_reaches, weight_product
 
@@ -22,10 +22,8 @@ def forward(
     dtype, cast_budget, budget = _weight_budget(x, backend, settings)
     waves = waves_for(x.device, x.shape[0])
     panels = split(out_features, in_features * dtype.itemsize, budget, backend.panel_unit, waves)
-    if len(panels) == 1 and not cast_budget:  # as in small layers, whose time is the host's: no slices
-        weight = x.new_empty(out_features, in_features)
-        backend.effective_weight(weight, block, settings)
-        return torch.nn.functional.linear(x, weight, bias)
+    if len(panels) == 1 and not cast_budget:
+        return whole_forward(x, block, bias, backend, settings)
     y = x.new_empty(x.shape[0], out_features)
     if x.shape[0] == 0:
         return y
@@ -112,11 +110,7 @@ def gradients(
     bytes_each = dtype.itemsize + (0 if is_shared else w_dtype.itemsize)
     panels = split(in_features, out_features * bytes_each, budget, backend.panel_unit)
     if len(panels) == 1 and is_shared and not cast_budget:
-        h = grad.t() @ x
-        if gradients.weight is not None:
-            gradients.weight.copy_(h)
-        shared.weight_and_factor_gradients(h, h, block, estimator, gradients, settings)
-        return grad @ h
+        return whole_gradients(grad, x, block, estimator, gradients, shared, settings)
     grad_x = grad.new_empty(grad.shape[0], in_features)
     h_buffer = x.new_empty(longest(panels) * out_features, dtype=dtype)
     w_buffer = h_buffer if is_shared else grad.new_empty(longest(panels) * out_features, dtype=w_dtype)
@@ -129,6 +123,43 @@ def gradients(
         shared.weight_and_factor_gradients(w, h, block.columns(start, stop), estimator, part, settings)
         weight_product(grad, w, None, grad_x[:, start:stop], cast_budget)
     return grad_x
+
+
+def fits_whole(
+    shape: tuple[int, int], dtype: torch.dtype, factors: Factors, backend: Backend, settings: Settings
+) -> bool:
+    """Whether a CPU's passes take the whole weight as one panel in one dtype: `whole_forward`, `whole_gradients`."""
+    device, itemsize, most = factors.A.device.type, dtype.itemsize, settings.workspace
+    h_dtype = token_product_dtype(dtype, factors.A.dtype, device, backend.takes_rounded_h)
+    temporaries = max(backend.weight_temporaries(most), backend.gradient_temporaries(most, factors))
+    in_one_dtype = device == "cpu" and dtype == product_dtype(dtype, device) == h_dtype
+    return in_one_dtype and shape[0] * shape[1] * itemsize <= most - temporaries
+
+
+def whole_forward(
+    x: torch.Tensor, block: Block, bias: torch.Tensor | None, backend: Backend, settings: Settings
+) -> torch.Tensor:
+    """`forward` with one panel, without slices: small layers' time is the host's."""
+    weight = torch.empty(block.shape, dtype=x.dtype, device=x.device)
+    backend.effective_weight(weight, block, settings)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def whole_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    block: Block,
+    estimator: Estimator,
+    gradients: ParameterGradients,
+    shared: SharedProducts,
+    settings: Settings,
+) -> torch.Tensor:
+    """`gradients` with one panel, in which W takes H's place."""
+    h = torch.mm(grad.t(), x)
+    if gradients.weight is not None:
+        gradients.weight.copy_(h)
+    shared.weight_and_factor_gradients(h, h, block, estimator, gradients, settings)
+    return torch.mm(grad, h)
 
 
 def write_weight(out: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> None:

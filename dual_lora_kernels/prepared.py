@@ -20,7 +20,7 @@ class PreparedWeight(NamedTuple):
     state: object
 
     def serves(self, input: torch.Tensor, others: Sequence[torch.Tensor | None]) -> bool:
-        """Whether a call may use it: one in its dtype that no gradient is wanted from. `others`: the layer's tensors."""
+        """Whether a call may use it: one in its dtype that needs no gradient. `others`: the layer's own tensors."""
         if torch.compiler.is_compiling() or input.dtype != self.weight.dtype or compute_dtype(input) != input.dtype:
             return False
         return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (input, *others))

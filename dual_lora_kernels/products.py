@@ -1,8 +1,8 @@
 """The three large products, by the vendor's library, in a dtype that the device multiplies fast.
 
-A processor without units for a 16-bit dtype multiplies it through a loop that nobody tuned: G W of 4096 × 4096 with 512
-tokens took 55 s in fp16 on an AMD EPYC (Zen 4), where fp32 takes 0.09. There W is kept as fp32 numbers on the 16-bit
-grid, and operands are cast to fp32 a chunk at a time: the same numbers are multiplied, and accumulated in fp32 as before.
+A processor without units for a 16-bit dtype multiplies it in a loop that nobody tuned: G W of 4096 × 4096 with 512 tokens
+took 55 s in fp16 on an AMD EPYC (Zen 4), where fp32 takes 0.09. There W is kept as fp32 numbers on the 16-bit grid, and
+operands are cast to fp32 a chunk at a time: the same numbers are multiplied, and accumulated in fp32 as before.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def token_product_dtype(
 
 
 def token_product_reaches(dtype: torch.dtype, h_dtype: torch.dtype, device_type: str) -> bool:
-    """Whether the product of two operands of `dtype` can be written as `h_dtype` without a rounding or a cast before."""
+    """Whether the product of two operands of `dtype` can be written as `h_dtype`, with no rounding or cast before it."""
     return dtype == h_dtype or (device_type == "cuda" and h_dtype == torch.float32)
 
 

@@ -60,14 +60,14 @@ class ParameterGradients(NamedTuple):
         cls, factors: Factors, wanted: Sequence[bool], dtype: torch.dtype, weight: torch.Tensor | None = None
     ) -> ParameterGradients:
         """Zeros for those of A, B, C, D that are wanted; `weight` as it is."""
-        targets = [
+        A, B, C, D = (
             torch.empty_like(factor, dtype=dtype) if want else None
             for factor, want in zip(factors[:4], wanted, strict=True)
-        ]
-        existing = [target for target in targets if target is not None]
+        )
+        existing = [target for target in (A, B, C, D) if target is not None]
         if existing:
             torch._foreach_zero_(existing)  # one launch on a GPU, not four
-        return cls(*targets, weight)
+        return cls(A, B, C, D, weight)
 
     def rows(self, start: int, stop: int) -> ParameterGradients:
         """The gradients of rows start … stop of the block."""

@@ -128,6 +128,6 @@ class Backend(Protocol):
     ) -> None:
         """Add one block's contributions to the factors' `gradients`, from its complete H = Gᵀ X [n, k].
 
-        `h` is contiguous, of the gradients' dtype or as `takes_rounded_h` says, and may be overwritten. W0 is not read. P and Q are the bits that
-        `effective_weight` uses for the same block.
+        `h` is contiguous, of the gradients' dtype or as `takes_rounded_h` says, and may be overwritten. W0 is not read.
+        P and Q are the bits that `effective_weight` uses for the same block.
         """
