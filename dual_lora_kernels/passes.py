@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import panels
+from . import panels, shared_work
 from .backends import Backend, Block, DoesNotFit, Estimator, FusedPasses, ParameterGradients, Settings
 
 
@@ -18,7 +18,7 @@ def forward(
             return fused.weight_product("forward", x, block, bias, settings)
         except DoesNotFit:
             return forward(x, block, bias, backend, settings)
-    return panels.forward(x, block, bias, backend, settings)
+    return shared_work.forward(x, block, bias, backend, settings)
 
 
 def gradients(
@@ -53,7 +53,7 @@ def input_gradient(grad: torch.Tensor, block: Block, backend: Backend, settings:
             return fused.weight_product("input_gradient", grad, block, None, settings)
         except DoesNotFit:
             return input_gradient(grad, block, backend, settings)
-    return panels.input_gradient(grad, block, backend, settings)
+    return shared_work.input_gradient(grad, block, backend, settings)
 
 
 def parameter_gradients(
@@ -68,7 +68,7 @@ def parameter_gradients(
     """The parameters' gradients. That of W0 is H itself, which only panels write to memory."""
     fused = _fused("token_product", x, block, backend, settings) if gradients.weight is None else None
     if fused is None:
-        return panels.parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
+        return shared_work.parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
     try:
         return fused.token_product(grad, x, block.factors, estimator, gradients, settings)
     except DoesNotFit:

@@ -1,8 +1,8 @@
 """The three large products, by the vendor's library, in a dtype that the device multiplies fast.
 
-A processor without units for a 16-bit dtype multiplies it in a loop that nobody tuned: G W of 4096 × 4096 with 512 tokens
-took 55 s in fp16 on an AMD EPYC (Zen 4), where fp32 takes 0.09. There W is kept as fp32 numbers on the 16-bit grid, and
-operands are cast to fp32 a chunk at a time: the same numbers are multiplied, and accumulated in fp32 as before.
+A processor without units for a 16-bit dtype multiplies it in a loop that nobody tuned: for 512 tokens, G W of 4096 ×
+4096 took 55 s in fp16 on an AMD EPYC (Zen 4), where fp32 takes 0.09. There W is kept as fp32 numbers on the 16-bit
+grid, and operands are cast to fp32 a chunk at a time: the same numbers are multiplied, and accumulated in fp32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def token_product_dtype(
 
 
 def token_product_reaches(dtype: torch.dtype, h_dtype: torch.dtype, device_type: str) -> bool:
-    """Whether the product of two operands of `dtype` can be written as `h_dtype`, with no rounding or cast before it."""
+    """Whether a product of two operands of `dtype` can be written as `h_dtype`, with no rounding or cast before it."""
     return dtype == h_dtype or (device_type == "cuda" and h_dtype == torch.float32)
 
 
@@ -81,9 +81,10 @@ def _has_units(dtype: torch.dtype) -> bool:
 
     oneDNN's answer covers settings such as ONEDNN_MAX_CPU_ISA; on x86 it also says yes where AVX-512 emulates bf16.
     """
-    supported = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():  # type: ignore[attr-defined]
+        return False
     if dtype == torch.float16:
-        return bool(supported._is_mkldnn_fp16_supported())
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     x86 = torch.cpu._is_avx2_supported()
     units = not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(units and supported._is_mkldnn_bf16_supported())
+    return bool(units and torch.ops.mkldnn._is_mkldnn_bf16_supported())

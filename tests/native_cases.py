@@ -151,6 +151,8 @@ class GradientCase(Described):
         A, B, C, D = (factor.double() for factor in factors[:4])
         p, q = reference.rank_product(B, A), reference.rank_product(D, C)
         grad_p, grad_q = reference.product_gradients(self.h.double(), p, q, factors.scale.double(), *self.estimator)
+        if self.h.dtype == torch.bfloat16 and torch.ops.dual_lora_kernels.cpu_capability() == "avx512_bf16":
+            grad_p, grad_q = (grad.bfloat16().double() for grad in (grad_p, grad_q))  # contracted in pairs
         added = (B.t() @ grad_p, grad_p @ A.t(), D.t() @ grad_q, grad_q @ C.t())
         pairs = zip(self.gradients[:4], added, strict=True)
         return [None if old is None else (old.double() + new).to(old.dtype) for old, new in pairs]

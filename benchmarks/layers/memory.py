@@ -83,8 +83,14 @@ def _peak(sizes: list[int], lifetimes: list[tuple[int, bool]]) -> int:
 def _cpu_events(function: Callable[[], object]) -> list[_Event]:
     # The profiler's flat "[memory]" events carry no address, so a release could not be told from that of a tensor which
     # was there before, nor a result from a temporary; the tree's events carry it.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recording:
-        result = function()
+    # The eager backend's threads are not seen, and it has none where PyTorch has one.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recording:
+            result = function()
+    finally:
+        torch.set_num_threads(threads)
     del result  # kept until the recording has ended: a result's release must not be in it
     assert recording.profiler is not None
     assert recording.profiler.kineto_results is not None

@@ -69,6 +69,17 @@ class ParameterGradients(NamedTuple):
             torch._foreach_zero_(existing)  # one launch on a GPU, not four
         return cls(A, B, C, D, weight)
 
+    def apart(self) -> ParameterGradients:
+        """The same, with zeros of their own for A and C, which other rows contribute to at the same time."""
+        A, C = (None if lines is None else torch.zeros_like(lines) for lines in (self.A, self.C))
+        return self._replace(A=A, C=C)
+
+    def add(self, part: ParameterGradients) -> None:
+        """Add the sums for A and C that `apart` made room for."""
+        for total, more in ((self.A, part.A), (self.C, part.C)):
+            if total is not None and more is not None:
+                total.add_(more)
+
     def rows(self, start: int, stop: int) -> ParameterGradients:
         """The gradients of rows start … stop of the block."""
         B, D, weight = (None if lines is None else lines[start:stop] for lines in (self.B, self.D, self.weight))

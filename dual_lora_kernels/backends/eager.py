@@ -6,6 +6,8 @@ with fresh temporaries the page faults made generating W 3 times slower (docs/de
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..precision import accumulation_dtype
@@ -13,6 +15,7 @@ from ..rounding import column_hashes, dither_, is_dithered, row_hashes
 from .block import Block, Factors, ParameterGradients
 from .grid import TILE, RankProducts, parts, tile_count
 from .interface import Estimator, FusedPasses, Settings, SharedProducts
+from .workers import run, shares, worker_count
 
 _BUFFERS = 6
 """Part-sized temporaries alive at once: P, Q, a third (∂Q or dither bits), and three for masks and estimators."""
@@ -24,6 +27,7 @@ class EagerBackend:
     name = "eager"
     panel_unit = TILE
     takes_rounded_h = True
+    wants_threads = True
     fused: FusedPasses | None = None
     shared_products: SharedProducts | None = None
 
@@ -48,6 +52,17 @@ class EagerBackend:
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         weight = block.load_base(out)
+        rows = shares(out.shape[0], TILE, worker_count(out.device), block.row0 % TILE)
+        settings = settings._replace(workspace=settings.workspace // len(rows))
+        run(
+            [
+                partial(self._write, out[a:b], None if weight is None else weight[a:b], block.rows(a, b), settings)
+                for a, b in rows
+            ],
+            out.device,
+        )
+
+    def _write(self, out: torch.Tensor, weight: torch.Tensor | None, block: Block, settings: Settings) -> None:
         products = RankProducts(block.factors, block.origin)
         dithers = is_dithered(block.dtype, block.rounding)
         most, p_scratch, q_scratch = self._scratch(out, block, products.dtype, settings)
@@ -71,6 +86,23 @@ class EagerBackend:
                 torch.add(base, update, out=target)
 
     def factor_gradients(
+        self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
+    ) -> None:
+        rows = shares(h.shape[0], TILE, worker_count(h.device), block.row0 % TILE)
+        settings = settings._replace(workspace=settings.workspace // len(rows))
+        # Of A and C every share but the first sums its own part.
+        own = [gradients, *(gradients.apart() for _ in rows[1:])]
+        run(
+            [
+                partial(self._contribute, h[a:b], block.rows(a, b), estimator, targets.rows(a, b), settings)
+                for (a, b), targets in zip(rows, own, strict=True)
+            ],
+            h.device,
+        )
+        for part in own[1:]:
+            gradients.add(part)
+
+    def _contribute(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         products = RankProducts(block.factors, block.origin)

@@ -90,6 +90,9 @@ class Backend(Protocol):
     takes_rounded_h: bool
     """Whether `factor_gradients` and shared products take H in a 16-bit compute dtype, too."""
 
+    wants_threads: bool
+    """Whether passes are shared among threads of the package's own, since the backend's operations are small."""
+
     @property
     def fused(self) -> FusedPasses | None:
         """Whole passes as single kernels, or None where every pass runs over panels."""

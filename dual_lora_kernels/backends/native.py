@@ -38,6 +38,7 @@ class NativeBackend:
     name = "native"
     panel_unit = PANEL_UNIT
     takes_rounded_h = True
+    wants_threads = False
 
     @property
     def fused(self) -> NativeFewTokens:

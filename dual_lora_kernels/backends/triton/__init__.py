@@ -22,6 +22,7 @@ class TritonBackend:
     name = "triton"
     panel_unit = PANEL_UNIT
     takes_rounded_h = False
+    wants_threads = False
     shared_products: SharedProducts | None = None
 
     @property
