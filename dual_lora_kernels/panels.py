@@ -130,10 +130,15 @@ def fits_whole(
 ) -> bool:
     """Whether a CPU's passes take the whole weight as one panel in one dtype: `whole_forward`, `whole_gradients`."""
     device, itemsize, most = factors.A.device.type, dtype.itemsize, settings.workspace
-    h_dtype = token_product_dtype(dtype, factors.A.dtype, device, backend.takes_rounded_h)
+    h_dtype = token_product_dtype(dtype, factors.A.dtype, device, backend.takes_cpu_dtypes)
     temporaries = max(backend.weight_temporaries(most), backend.gradient_temporaries(most, factors))
-    in_one_dtype = device == "cpu" and dtype == product_dtype(dtype, device) == h_dtype
-    return in_one_dtype and shape[0] * shape[1] * itemsize <= most - temporaries
+    in_one_dtype = dtype == product_dtype(dtype, device) == h_dtype
+    return (
+        device == "cpu"
+        and backend.takes_cpu_dtypes
+        and in_one_dtype
+        and shape[0] * shape[1] * itemsize <= most - temporaries
+    )
 
 
 def whole_forward(
@@ -189,7 +194,8 @@ def _budget(backend: Backend, settings: Settings) -> int:
 
 def _weight_budget(x: torch.Tensor, backend: Backend, settings: Settings) -> tuple[torch.dtype, int, int]:
     """(dtype that panels of W are stored in, bytes for operands cast to it, bytes for panels)."""
-    dtype, budget = product_dtype(x.dtype, x.device.type), _budget(backend, settings)
+    dtype = product_dtype(x.dtype, x.device.type) if backend.takes_cpu_dtypes else x.dtype
+    budget = _budget(backend, settings)
     cast_budget = 0 if dtype == x.dtype else budget // 2
     return dtype, cast_budget, budget - cast_budget
 
@@ -203,7 +209,7 @@ def _token_product_budget(
     x: torch.Tensor, block: Block, backend: Backend, settings: Settings
 ) -> tuple[torch.dtype, int, int]:
     """(dtype of H, bytes for operands cast to it, bytes for panels)."""
-    dtype = token_product_dtype(x.dtype, block.factors.A.dtype, x.device.type, backend.takes_rounded_h)
+    dtype = token_product_dtype(x.dtype, block.factors.A.dtype, x.device.type, backend.takes_cpu_dtypes)
     budget = settings.workspace - backend.gradient_temporaries(settings.workspace, block.factors)
     cast_budget = 0 if token_product_reaches(x.dtype, dtype, x.device.type) else budget // 2
     return dtype, cast_budget, budget - cast_budget

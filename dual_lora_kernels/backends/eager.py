@@ -26,7 +26,7 @@ class EagerBackend:
 
     name = "eager"
     panel_unit = TILE
-    takes_rounded_h = True
+    takes_cpu_dtypes = True
     wants_threads = True
     fused: FusedPasses | None = None
     shared_products: SharedProducts | None = None

@@ -87,8 +87,9 @@ class Backend(Protocol):
     panel_unit: int
     """Lines at whose multiples panels start where the workspace allows it, since that is what its kernels like."""
 
-    takes_rounded_h: bool
-    """Whether `factor_gradients` and shared products take H in a 16-bit compute dtype, too."""
+    takes_cpu_dtypes: bool
+    """Whether `effective_weight` writes 16-bit numbers into fp32, and H may come in a 16-bit compute dtype: what CPUs'
+    products need, with units for that dtype or without."""
 
     wants_threads: bool
     """Whether passes are shared among threads of the package's own, since the backend's operations are small."""
@@ -131,6 +132,6 @@ class Backend(Protocol):
     ) -> None:
         """Add one block's contributions to the factors' `gradients`, from its complete H = Gᵀ X [n, k].
 
-        `h` is contiguous, of the gradients' dtype or as `takes_rounded_h` says, and may be overwritten. W0 is not read.
-        P and Q are the bits that `effective_weight` uses for the same block.
+        `h` is contiguous, of the gradients' dtype or as `takes_cpu_dtypes` says, and may be overwritten. W0 is not
+        read. P and Q are the bits that `effective_weight` uses for the same block.
         """

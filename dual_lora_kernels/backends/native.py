@@ -37,7 +37,7 @@ class NativeBackend:
 
     name = "native"
     panel_unit = PANEL_UNIT
-    takes_rounded_h = True
+    takes_cpu_dtypes = True
     wants_threads = False
 
     @property

@@ -21,7 +21,7 @@ class TritonBackend:
 
     name = "triton"
     panel_unit = PANEL_UNIT
-    takes_rounded_h = False
+    takes_cpu_dtypes = False
     wants_threads = False
     shared_products: SharedProducts | None = None
 
