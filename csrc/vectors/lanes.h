@@ -11,6 +11,18 @@
 namespace dual_lora::DUAL_LORA_NAMESPACE {
 namespace {
 
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 template <class T, int n>
 struct Lanes {
   using scalar = T;
@@ -48,7 +60,7 @@ struct Lanes {
   }
   static Lanes load_bfloat16(const uint16_t* p) {
     Lanes x;
-    for (int i = 0; i < n; ++i) x.v[i] = of_bits(static_cast<uint32_t>(p[i]) << 16);
+    for (int i = 0; i < n; ++i) x.v[i] = float_of(static_cast<uint32_t>(p[i]) << 16);
     return x;
   }
   void store_bfloat16(uint16_t* p) const {
@@ -72,17 +84,7 @@ struct Lanes {
   // `bits` without their last ones, or a quiet NaN where element i is a NaN.
   template <int dropped>
   float kept(uint32_t bits, int i) const {
-    return of_bits(v[i] != v[i] ? 0x7FC00000u : bits & ~((1u << dropped) - 1));
-  }
-  static uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-  }
-  static float of_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+    return float_of(v[i] != v[i] ? 0x7FC00000u : bits & ~((1u << dropped) - 1));
   }
 
   // IEEE binary16. A half's exponent and significand, shifted into an fp32's place, are off by a power of two, which a
