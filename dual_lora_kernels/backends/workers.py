@@ -66,19 +66,23 @@ def _workers() -> ThreadPoolExecutor:
         if _pool is None or _pool[0] != key:
             if _pool is not None and _pool[0][0] == key[0]:
                 _pool[1].shutdown(wait=False)
-            _pool = key, ThreadPoolExecutor(key[1], thread_name_prefix="dual_lora")
+            _pool = key, ThreadPoolExecutor(key[1], "dual_lora", initializer=_begin, initargs=(key[1],))
         return _pool[1]
 
 
+def _begin(everyones: int) -> None:
+    """Give a new worker one OpenMP thread, and threads to come `everyones`.
+
+    OpenMP's and MKL's counts are the thread's own. PyTorch also keeps the last one that was set, for threads to come, so
+    a thread that ends sets it back. What a worker reads there may be another worker's 1.
+    """
+    torch.set_num_threads(1)
+    restoring = threading.Thread(target=torch.set_num_threads, args=(everyones,))
+    restoring.start()
+    restoring.join()
+    _inside.works = True
+
+
 def _work(share: Callable[[], None], inference: bool) -> None:
-    if not getattr(_inside, "works", False):
-        # OpenMP's and MKL's counts are the thread's own. PyTorch also keeps the last one that was set, for threads to
-        # come, so it is set back, by a thread that ends.
-        everyones = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restoring = threading.Thread(target=torch.set_num_threads, args=(everyones,))
-        restoring.start()
-        restoring.join()
-        _inside.works = True
     with torch.inference_mode(inference), torch.no_grad():
         share()
