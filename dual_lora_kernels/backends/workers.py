@@ -66,16 +66,20 @@ def _workers() -> ThreadPoolExecutor:
         if _pool is None or _pool[0] != key:
             if _pool is not None and _pool[0][0] == key[0]:
                 _pool[1].shutdown(wait=False)
-            _pool = key, ThreadPoolExecutor(key[1], "dual_lora", initializer=_begin, initargs=(key[1],))
+            pool = ThreadPoolExecutor(key[1], "dual_lora", initializer=_begin, initargs=(key[1],))
+            all_there = threading.Barrier(key[1])  # each of these needs a thread of its own
+            list(pool.map(lambda _: all_there.wait(), range(key[1])))
+            _pool = key, pool
         return _pool[1]
 
 
 def _begin(everyones: int) -> None:
     """Give a new worker one OpenMP thread, and threads to come `everyones`.
 
-    OpenMP's and MKL's counts are the thread's own. PyTorch also keeps the last one that was set, for threads to come, so
-    a thread that ends sets it back. What a worker reads there may be another worker's 1.
+    OpenMP's and MKL's counts are the thread's own. PyTorch also keeps the last one that was set, for threads to come,
+    so a thread that ends sets it back. What a worker reads there may be another worker's 1.
     """
+    torch.get_num_threads()  # or PyTorch would give this thread the common number at its first operation
     torch.set_num_threads(1)
     restoring = threading.Thread(target=torch.set_num_threads, args=(everyones,))
     restoring.start()
