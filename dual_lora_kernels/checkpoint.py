@@ -10,17 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .adaptable import linear_features, why_not_adaptable
+from .adapter import FACTOR_NAMES, factor_shapes, unwrapped
 from .adapter_files import Adapter, layer_config, read_adapter, write_adapter
 from .config import DualLoraConfig
-from .linear import (
-    FACTOR_NAMES,
-    DualLoraLinear,
-    dual_lora_layers,
-    factor_shapes,
-    linear_features,
-    unwrapped,
-    why_not_adaptable,
-)
+from .linear import DualLoraLinear, dual_lora_layers
 from .model import adapt
 from .validation import SUPPORTED_DTYPES, check_finite, check_tensor
 

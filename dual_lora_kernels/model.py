@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .adaptable import is_transposed
+from .adapter import unwrapped
 from .config import DualLoraConfig
-from .linear import DualLoraLinear, dual_lora_layers, is_transposed, unwrapped
+from .linear import DualLoraLinear, dual_lora_layers
 from .targets import find_targets, shared_weights
 
 _logger = logging.getLogger("dual_lora_kernels")
@@ -96,7 +98,7 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     plain = {}
     for (_, layer), weight in zip(layers, weights, strict=True):
         if not layer.merged:
-            layer._merge_into(weight.detach().t() if layer.transposed else weight.detach())
+            layer.merge_into(weight.detach().t() if layer.transposed else weight.detach())
         elif weight is not layer.weight:
             layer.unmerge()
         plain[id(layer)] = _plain(layer, weight)

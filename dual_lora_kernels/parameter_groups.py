@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from .linear import dual_lora_layers
+from .adapter import dual_lora_adapters
 from .validation import check_number
 
 
@@ -31,7 +32,7 @@ def dual_lora_parameter_groups(
     lr = check_number("lr", lr, 0.0)
     weight_decay = check_number("weight_decay", weight_decay, 0.0)
     direction_lr = lr if direction_lr is None else check_number("direction_lr", direction_lr, 0.0)
-    layers = [layer for _, layer in dual_lora_layers(model)]
+    layers = [layer for _, layer in dual_lora_adapters(model)]
     if not layers:
         raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
     magnitude = [p for layer in layers for p in (layer.A, layer.B)]
@@ -48,3 +49,21 @@ def dual_lora_parameter_groups(
         for name, parameters, rate, decay in groups
         if (trainable := [p for p in parameters if p.requires_grad])
     ]
+
+
+def create_dual_lora_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    lr: float,
+    direction_lr: float | None = None,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """An optimiser with a rate of its own for the direction group, as PEFT's ``create_loraplus_optimizer`` is for B.
+
+    Pass it to a Trainer as ``optimizers=(optimizer, None)``. `lr`, `direction_lr` and `weight_decay` are those of
+    `dual_lora_parameter_groups`, which says what it raises; further options go to `optimizer_cls`.
+    """
+    groups = dual_lora_parameter_groups(model, lr, direction_lr=direction_lr, weight_decay=weight_decay)
+    return optimizer_cls(groups, **options)

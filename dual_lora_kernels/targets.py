@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .adaptable import is_transposed, why_not_adaptable
 from .config import ALL_LINEAR
-from .linear import is_transposed, why_not_adaptable
 from .validation import overlaps_itself
 
+_logger = logging.getLogger("dual_lora_kernels")
 _MOST_NAMED = 12
 """How many candidates an error message lists."""
 
@@ -36,12 +38,8 @@ def find_targets(
     linears = {
         name: module for name, module in modules.items() if isinstance(module, nn.Linear) or is_transposed(module)
     }
-    bypassed = _bypassed_by_a_fused_path(model)
     if targets == ALL_LINEAR:
-        shared = shared_weights(model)
-        refused = {
-            name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared, bypassed))
-        }
+        refused = why_not_suited(model, linears)
         chosen = {name: module for name, module in linears.items() if name not in refused}
         if not chosen:
             why = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it has no linear layers"
@@ -59,6 +57,7 @@ def find_targets(
         raise ValueError(
             f"target_modules: got {unmatched}, expected names in {type(model).__name__}, which has {_named(linears)}"
         )
+    bypassed = _bypassed_by_a_fused_path(model)
     for name, module in chosen.items():
         reason = _why_not(module, bypassed)
         if reason is not None:
@@ -129,6 +128,36 @@ def _bypassed_by_a_fused_path(model: nn.Module) -> set[int]:
     """Identities of linear layers whose weight nn.TransformerEncoderLayer reads in eval mode without calling them."""
     encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
     return {id(linear) for encoder in encoders for linear in (encoder.linear1, encoder.linear2)}
+
+
+def why_not_suited(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why ``"all-linear"`` leaves linear layers of `model` alone: a reason for each that it does, by name."""
+    shared, bypassed = shared_weights(model), _bypassed_by_a_fused_path(model)
+    return {name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared, bypassed))}
+
+
+def stacked_experts(model: nn.Module) -> dict[str, list[str]]:
+    """Modules that keep the weights of all their experts in 3-D tensors, and these tensors' names.
+
+    transformers' mixtures of experts do so; there is no linear layer that could be adapted.
+    """
+    found = {
+        name: [key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 3]
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower() or "expert" in name.rpartition(".")[2].lower()
+    }
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def report_stacked_experts(model: nn.Module) -> None:
+    """Log the experts that ``"all-linear"`` leaves out, since they are most of such a model's weights."""
+    experts = stacked_experts(model)
+    if experts:
+        name, tensors = next(iter(experts.items()))
+        _logger.warning(
+            "the experts are not adapted: in %d modules they are one 3-D tensor and no linear layers (%s: %s)",
+            len(experts), name, ", ".join(tensors),
+        )  # fmt: skip
 
 
 def _unsuited(model: nn.Module, module: nn.Module, shared: set[int], bypassed: set[int]) -> str | None:

@@ -6,7 +6,7 @@ import operator
 
 from torch import nn
 
-from .linear import dual_lora_layers
+from .adapter import dual_lora_adapters
 from .validation import check_positive_int
 
 
@@ -27,7 +27,7 @@ class DualLoraWarmup:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.steps = check_positive_int("steps", steps)
-        self._layers = [layer for _, layer in dual_lora_layers(model)]
+        self._layers = [layer for _, layer in dual_lora_adapters(model)]
         if not self._layers:
             raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
         self.set_step(0)

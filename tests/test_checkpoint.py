@@ -25,8 +25,8 @@ from dual_lora_kernels import (
     load_dual_lora_state_dict,
     save_dual_lora,
 )
+from dual_lora_kernels.adapter import FACTOR_NAMES
 from dual_lora_kernels.adapter_files import SETTINGS_FILE, WEIGHTS_FILE
-from dual_lora_kernels.linear import FACTOR_NAMES
 
 from .checkpoints import LAYER, adapted, settings_of, write_settings
 from .models import configuration, gpt2, llama, logits

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from dual_lora_kernels import DualLoraLinear
-from dual_lora_kernels.linear import FACTOR_NAMES
+from dual_lora_kernels.adapter import FACTOR_NAMES
 
 from .layers import DTYPES, LOW, K, N, expected, make
 

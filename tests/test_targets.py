@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora_kernels import DualLoraLinear, apply_dual_lora
-from dual_lora_kernels.linear import FACTOR_NAMES, dual_lora_layers
+from dual_lora_kernels.adapter import FACTOR_NAMES
+from dual_lora_kernels.linear import dual_lora_layers
 
 from .models import Block, adapted_names, configuration, gpt2, llama, logits
 

@@ -1,0 +1,91 @@
+"""Which layers can be adapted, what their weight's orientation is, and why others cannot."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from .adapter import DualLoraAdapter
+from .validation import SUPPORTED_DTYPES
+
+_CALL = ("__call__", "_wrapped_call_impl", "_call_impl")
+"""The methods of nn.Module between a call and ``forward``."""
+_HOOKS = tuple(
+    f"_{name}_hooks"
+    for name in (
+        "forward", "forward_pre", "backward", "backward_pre",
+        "state_dict", "state_dict_pre", "load_state_dict_pre", "load_state_dict_post",
+    )
+)  # fmt: skip
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as [in_features, out_features]: transformers' Conv1D, as in GPT-2."""
+    defining = sys.modules.get("transformers.pytorch_utils")  # who has such a layer has imported it
+    return (
+        defining is not None and isinstance(module, defining.Conv1D) and type(module).forward is defining.Conv1D.forward
+    )
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of an adaptable linear layer."""
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if is_transposed(module) else (columns, rows)
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """None if `module` is a linear layer that `DualLoraLinear.from_linear` can stand in for, else the reason.
+
+    Adaptable: ``nn.Linear``, transformers' Conv1D, and subclasses that keep their forward, with a floating-point weight
+    of the layer's own and nothing beside weight and bias: what is not understood would be dropped silently.
+    """
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
+        return f"this {kind}'s {names} is computed by a parametrization, which replacing the layer would drop"
+    if isinstance(module, DualLoraAdapter):
+        return "it has a Dual LoRA adapter already"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"
+    if not is_transposed(module) and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
+        return f"{kind} is not a linear layer with nn.Linear's forward"
+    # accelerate leaves the class's own forward on the instance when it takes its hooks off.
+    own_forward = types.MethodType(type(module).forward, module)
+    if vars(module).get("forward", own_forward) != own_forward:
+        return f"this {kind}'s forward was replaced on the instance (accelerate's hooks and unsloth do that)"
+    for name in _CALL:
+        if name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name):
+            return f"{kind}'s {name} is not nn.Module's, and may do more than forward"
+    reason = _why_not_plain(module, "weight") or _why_not_plain(module, "bias")
+    if reason is not None:
+        return f"{kind}'s {reason}"
+    others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
+    if others or type(module).get_extra_state is not nn.Module.get_extra_state:
+        return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"
+    if any(getattr(module, name) for name in _HOOKS) or hasattr(module, "_hf_hook"):
+        return f"this {kind} has hooks, which replacing it would drop; register them afterwards"
+    return None
+
+
+def _why_not_plain(module: nn.Module, name: str) -> str | None:
+    """None if the weight or bias that `module` computes with is a dense floating-point parameter, else the reason."""
+    parameter = module._parameters.get(name)
+    if getattr(module, name, None) is not parameter or (name == "weight" and parameter is None):
+        return f"{name} is computed, not a parameter (weight_norm?)"
+    if parameter is None:
+        return None
+    if is_lazy(parameter):
+        return f"{name} has no shape yet; run it once first"
+    fits = parameter.dim() == 2 if name == "weight" else tuple(parameter.shape) == linear_features(module)[1:]
+    if not fits or parameter.dtype not in SUPPORTED_DTYPES:
+        return f"{name} is packed or quantised ({parameter.dtype}, shape {tuple(parameter.shape)})"
+    if parameter.layout != torch.strided:
+        return f"{name} has the layout {parameter.layout}, and is not dense"
+    if type(parameter.data) is not torch.Tensor:
+        return f"{name} is a {type(parameter.data).__name__}, a tensor subclass (quantised or sharded?)"
+    return None

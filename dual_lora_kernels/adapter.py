@@ -1,0 +1,177 @@
+"""`DualLoraAdapter`: the factors, scale and options of one layer's update, and what is computed with them.
+
+Both doors use it: `DualLoraLinear` is one with a base weight of its own, and a layer of the PEFT tuner holds one for
+each named adapter beside the base layer that it wraps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
+from .merging import check_mergeable, dual_lora_merge_
+from .validation import LARGEST_SCALE, check_dtype, check_hyperparameters, check_number, check_tensor
+
+FACTOR_NAMES = ("A", "B", "C", "D")
+
+
+def factor_shapes(in_features: int, out_features: int, r1: int, r2: int) -> dict[str, tuple[int, int]]:
+    """The shapes of A, B, C and D."""
+    return {"A": (r1, in_features), "B": (out_features, r1), "C": (r2, in_features), "D": (out_features, r2)}
+
+
+class DualLoraAdapter(nn.Module):
+    """ΔW = s · max(B A, 0) ⊙ sgn(D C) of one linear layer, s = alpha / √(r1·r2), without the layer's weight.
+
+    Args: see `DualLoraLinear`. The factors have no values until `reset_adapter_parameters`.
+
+    Attributes:
+        A, B, C, D: parameters.
+        scale: 0-dim fp32 buffer, changed in place by warm-up and saved with the state. Stays fp32 under ``.to(dtype)``.
+
+    Raises:
+        ValueError, TypeError: a rank or hyperparameter is out of range; the message names it.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    C: nn.Parameter
+    D: nn.Parameter
+    scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r1: int,
+        r2: int,
+        alpha: float,
+        dropout: float,
+        init_std: float,
+        ste: str,
+        rounding: str,
+        clip_bound: float,
+        device: torch.device | str | None,
+        adapter_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        check_dtype("adapter_dtype", adapter_dtype)
+        check_hyperparameters(
+            r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std,
+            ste=ste, clip_bound=clip_bound, rounding=rounding,
+        )  # fmt: skip
+        self.in_features, self.out_features = in_features, out_features
+        self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
+        self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
+        self.dropout = nn.Dropout(float(dropout))
+        for name, shape in factor_shapes(in_features, out_features, r1, r2).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype)))
+        self.register_buffer("scale", torch.empty((), device=device, dtype=torch.float32))
+
+    @property
+    def full_scale(self) -> float:
+        """alpha / √(r1·r2), where warm-up ends."""
+        return self.alpha / math.sqrt(self.r1 * self.r2)
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Draw the four factors from N(0, init_std²) and set the scale to its full value."""
+        for name in FACTOR_NAMES:
+            getattr(self, name).normal_(0.0, self.init_std)
+        self.scale.fill_(self.full_scale)
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Set s in place: compiled graphs and captured CUDA graphs see it. ValueError unless it is finite in fp32."""
+        self.scale.fill_(check_number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE))
+
+    def adapted_linear(
+        self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x round(W0 + ΔW)ᵀ + b for a base weight [out_features, in_features]; with None, the update's part alone.
+
+        Dropout takes two products, since base and update no longer share their input.
+        """
+        if self.training and self.dropout.p > 0:
+            base = None if weight is None else self.base_linear(input, weight, bias)
+            update = self._linear(self.dropout(input), None, None)
+            return update if base is None else base + update
+        return self._linear(input, weight, bias)
+
+    def base_linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W0ᵀ + b without the update, also where the weight's dtype is another than the input's."""
+        check_tensor("input", input)
+        dtype = compute_dtype(input)
+        if weight.dtype == dtype:
+            return nn.functional.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
+        # F.linear would need W0 cast whole, and keep the copy for backward. Panels of W0 + 0 · ΔW are cast one by one.
+        A, B, C, D = (getattr(self, name).detach() for name in FACTOR_NAMES)
+        no_update = torch.zeros_like(self.scale)
+        return dual_lora_linear(input, weight, A, B, C, D, no_update, bias, rounding=self.rounding)
+
+    def _linear(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        # FSDP's buffer_dtype and the like write buffers without asking the module.
+        scale = self.scale
+        if scale.dtype != torch.float32:
+            scale = scale.to(torch.float32)
+        return dual_lora_linear(
+            input, weight, self.A, self.B, self.C, self.D, scale, bias,
+            ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound,
+        )  # fmt: skip
+
+    def delta_weight(self) -> torch.Tensor:
+        """ΔW [out_features, in_features] in the factors' dtype, materialised: for inspection and export."""
+        return dual_lora_delta(self.A, self.B, self.C, self.D, self.scale)
+
+    def merge_into(self, weight: torch.Tensor) -> None:
+        """Write round(W0 + ΔW) over a weight [out_features, in_features]; raises as `dual_lora_merge_` does."""
+        dual_lora_merge_(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
+
+    def check_merge_into(self, weight: torch.Tensor) -> None:
+        """Raise ValueError where `merge_into` would because of values."""
+        check_mergeable(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
+
+    def trains(self) -> bool:
+        """Whether a factor requires a gradient."""
+        return any(getattr(self, name).requires_grad for name in FACTOR_NAMES)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualLoraAdapter:
+        # A bf16 scale would be off by up to 0.4 %, and a warmed-up one by more than a step.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(device=self.scale.device, dtype=torch.float32)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.scale.dtype != torch.float32:  # load_state_dict(assign=True) of a bf16 copy of the state
+            self.scale = self.scale.to(torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"r1={self.r1}, r2={self.r2}, alpha={self.alpha:g}, ste={self.ste!r}, rounding={self.rounding!r}"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's wrapper, DataParallel, DDP and AveragedModel, whose names have no prefix."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def dual_lora_adapters(model: nn.Module) -> Iterator[tuple[str, DualLoraAdapter]]:
+    """(name, adapter) of every Dual LoRA adapter in `model`, of either door, each once, without wrappers' prefixes."""
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, DualLoraAdapter):
+            yield name, module

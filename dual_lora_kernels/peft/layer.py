@@ -1,0 +1,198 @@
+"""The tuner's layer: a base layer and any number of named adapters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ..adaptable import is_transposed, linear_features
+from ..adapter import DualLoraAdapter
+from ..hooks import call_within_hooks, computing_device
+from .registration import PREFIX
+
+BASE = "__base__"
+"""In mixed batches, the adapter's name for rows that no adapter is for; PEFT's."""
+
+
+class DualLoraLayer(BaseTunerLayer):  # type: ignore[misc]  # mypy skips PEFT
+    """What every layer of the tuner is, for PEFT to find."""
+
+    adapter_layer_names: tuple[str, ...] = (PREFIX,)
+    other_param_names: tuple[str, ...] = ()
+
+
+class Linear(nn.Module, DualLoraLayer):
+    """y = x round(W0 + ΔW)ᵀ + b around an ``nn.Linear`` or Conv1D, as `DualLoraLinear` computes it.
+
+    With several active adapters the first is added to W0 as above, and the others add x ΔWᵀ. Adapters merge one after
+    the other; each is rounded by itself then. `unmerge` restores W0 bit for bit.
+    """
+
+    if TYPE_CHECKING:  # they are BaseTunerLayer's
+        merged: bool
+        disable_adapters: bool
+        active_adapters: list[str]
+        get_base_layer: Callable[[], nn.Linear]
+        set_adapter: Callable[..., None]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.transposed = is_transposed(self.get_base_layer())
+        self.dual_adapter = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: torch.Tensor | None = None
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, options)
+
+    def update_layer(self, adapter_name: str, options: Mapping[str, Any], inference_mode: bool = False) -> None:
+        """Add the adapter `adapter_name`, or replace it. `options`: those of `DualLoraAdapter`, ranks to clip_bound."""
+        adapter = DualLoraAdapter(
+            self.in_features, self.out_features, **options, device=None, adapter_dtype=torch.float32
+        )
+        adapter.reset_adapter_parameters()
+        self.dual_adapter[adapter_name] = adapter.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Give an adapter the base weight's device and, as in PEFT, its dtype; PEFT casts 16-bit ones up afterwards."""
+        (adapter,) = self._adapters([adapter_name])
+        base = self.get_base_layer()
+        if not adapter.A.is_meta:
+            adapter.to(computing_device(base) if device is None else device, base.weight.dtype)
+
+    def _oriented_weight(self) -> torch.Tensor:
+        """W0 [out_features, in_features]; a view."""
+        weight: torch.Tensor = self.get_base_layer().weight
+        return weight.t() if self.transposed else weight
+
+    def _adapters(self, names: list[str]) -> list[DualLoraAdapter]:
+        """Those of the named adapters that this layer has."""
+        return [self.dual_adapter[name] for name in names if name in self.dual_adapter]  # type: ignore[misc]
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., in_features] → [..., out_features], by the active adapters or, with ``adapter_names``, row by row."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            self._check_mixed_batch(input, names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = self._adapters(self.active_adapters)
+        if self.merged and self.training and torch.is_grad_enabled() and any(adapter.trains() for adapter in active):
+            raise RuntimeError("the adapter is merged, so it cannot train: call unmerge_adapter() first")
+        if self.disable_adapters or self.merged or (names is None and not active):
+            result: torch.Tensor = self.base_layer(input, *args, **kwargs)
+            return result
+        if names is not None:
+            return self._mixed_batch(input, names)
+        return self._adapted(input, active)
+
+    def _adapted(self, input: torch.Tensor, adapters: list[DualLoraAdapter]) -> torch.Tensor:
+        first, *others = adapters
+        base = self.get_base_layer()
+
+        def compute(x: torch.Tensor) -> torch.Tensor:
+            result = first.adapted_linear(x, self._oriented_weight(), base.bias)
+            for adapter in others:
+                result = result + adapter.adapted_linear(x, None, None)
+            return result
+
+        return call_within_hooks([base, *adapters], input, compute)
+
+    def _check_mixed_batch(self, input: torch.Tensor, names: list[str]) -> None:
+        """Raise ValueError, with PEFT's words, where a batch cannot be shared by these adapters."""
+        if len(input) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(input)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, input: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """Each row of the batch by the adapter that is named for it; a call for each name."""
+        results: dict[str, tuple[list[int], torch.Tensor]] = {}
+        for name in dict.fromkeys(names):
+            rows = [row for row, of in enumerate(names) if of == name]
+            adapters = self._adapters([name])
+            alone = name == BASE or not adapters
+            results[name] = rows, self.base_layer(input[rows]) if alone else self._adapted(input[rows], adapters)
+        order = torch.tensor([row for rows, _ in results.values() for row in rows]).argsort().to(input.device)
+        return torch.cat([result for _, result in results.values()])[order]
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW of a named adapter, oriented like the base layer's weight."""
+        (update,) = self._adapters([adapter])
+        return update.delta_weight().t() if self.transposed else update.delta_weight()
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError where `merge` would meet numbers that are not finite, with PEFT's words and the reason."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            for adapter in self._adapters([name] if name not in self.merged_adapters else []):
+                try:
+                    adapter.check_merge_into(self._oriented_weight())
+                except ValueError as error:
+                    message = f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                    raise ValueError(f"{message}: {error}") from error
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write round(W0 + ΔW) of the named (by default the active) adapters into the base weight, block by block.
+
+        W0 is kept in host memory for `unmerge`. Every merge is safe, whatever `safe_merge` says: ValueError, before
+        anything is changed, where a factor or the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dual_adapter]
+        if not names:
+            return
+        self.check_merge(names)
+        if self._unmerged_weight is None:
+            self._unmerged_weight = self.get_base_layer().weight.detach().to("cpu", copy=True)
+        self._merge_into_base(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore W0 bit for bit."""
+        if self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, merged if asked, for PEFT's ``merge_and_unload`` and ``unload``. Keeps no copy of W0."""
+        if merge:
+            names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dual_adapter]
+            self.check_merge(names)
+            self._merge_into_base(names)
+        base: nn.Module = self.get_base_layer()
+        return base
+
+    def _merge_into_base(self, names: list[str]) -> None:
+        for name in names:
+            (adapter,) = self._adapters([name])
+            adapter.merge_into(self._oriented_weight().detach())
+            self.merged_adapters.append(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = self._unmerged_weight.to(self.get_base_layer().weight.dtype)
+        return self
+
+    def __repr__(self) -> str:
+        return "dual_lora." + super().__repr__()

@@ -1,0 +1,140 @@
+"""The tuner: which layers of a model get adapters. PEFT's injection machinery does the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..adaptable import why_not_adaptable
+from ..config import ALL_LINEAR
+from ..targets import report_stacked_experts, why_not_suited
+from .config import DualLoraConfig
+from .layer import BASE, DualLoraLayer, Linear
+from .registration import PREFIX
+
+_logger = logging.getLogger("dual_lora_kernels")
+
+
+class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
+    """A model with Dual LoRA adapters; ``get_peft_model`` makes it from a `DualLoraConfig`."""
+
+    prefix: str = PREFIX
+    tuner_layer_cls = DualLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+        """Resolve ``"all-linear"`` as PEFT does, without the layers that cannot be adapted; the log names those."""
+        targets = peft_config.target_modules
+        if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        plain = {
+            name: module
+            for name in sorted(peft_config.target_modules or ())
+            if not isinstance(module := model.get_submodule(name), DualLoraLayer)
+        }
+        refused = why_not_suited(model, plain)
+        for name, reason in refused.items():
+            _logger.info("left alone: %s (%s)", name, reason)
+        peft_config.target_modules = set(peft_config.target_modules or ()) - refused.keys()
+        report_stacked_experts(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: DualLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        options = peft_config.layer_options(current_key)
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name, options, inference_mode=peft_config.inference_mode)
+            return
+        reason = why_not_adaptable(target)
+        if reason is not None:
+            raise ValueError(
+                f"Target module {target} is not supported: {reason}. {current_key!r} matches target_modules; expected "
+                "`torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones."
+            )
+        layer = Linear(target, adapter_name, options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter does not train before it is active
+        self._replace_module(parent, target_name, layer.train(target.training), target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of another. The tuner's layers have put their adapters onto the right device."""
+        setattr(parent, child_name, new_module)
+
+    def _dual_lora_layers(self) -> Iterator[Linear]:
+        return (module for module in self.model.modules() if isinstance(module, Linear))
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError where one layer could not be merged, before any is."""
+        for layer in self._dual_lora_layers():
+            with onload_layer(layer):
+                layer.check_merge(adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; nothing is merged where one layer cannot be."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return unloaded
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a sum of updates is no Dual LoRA update of the same ranks."""
+        raise NotImplementedError(
+            "add_weighted_adapter: ΔW = s · ReLU(B A) ⊙ Sign(D C) is not linear in its factors, so adapters cannot be "
+            "combined into one; activate several with base_model.set_adapter([...]), or merge them one after the other"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way of passing ``adapter_names``, an adapter for each row of the batch, to the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for layer in self._dual_lora_layers() for name in layer.dual_adapter}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper):
+                    own = names if module in in_encoder else repeated  # the encoder runs once for all beams
+                    hook = partial(_pass_adapter_names, adapter_names=own)
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}

@@ -1,0 +1,23 @@
+"""The tuner's name in PEFT: a member of ``PeftType`` that PEFT itself does not have."""
+
+from __future__ import annotations
+
+from peft.utils import PeftType
+
+PREFIX = "dual_adapter"
+"""What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
+
+
+def _extended(name: str) -> PeftType:
+    """The member `name` of PeftType, which is added where it is missing: an Enum is closed, PEFT has no other way."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    return PeftType(name)
+
+
+PEFT_TYPE = _extended("DUAL_LORA")
