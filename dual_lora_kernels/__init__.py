@@ -6,14 +6,15 @@ are in `dual_lora_kernels.reference`.
 """
 
 from ._logging import set_up
+from .adapter_state import dual_lora_state_dict
 from .backends import available_backends
-from .checkpoint import dual_lora_state_dict, load_dual_lora, load_dual_lora_state_dict, save_dual_lora
+from .checkpoint import load_dual_lora, load_dual_lora_state_dict, save_dual_lora
 from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
 from .merging import dual_lora_merge_
-from .model import apply_dual_lora, merge_dual_lora, prepared
-from .parameter_groups import dual_lora_parameter_groups
+from .model import apply_dual_lora, disable_adapter, merge_dual_lora, prepared
+from .parameter_groups import create_dual_lora_optimizer, dual_lora_parameter_groups
 from .runtime_settings import (
     set_default_backend,
     set_strategy,
@@ -34,6 +35,8 @@ __all__ = [
     "DualLoraWarmup",
     "apply_dual_lora",
     "available_backends",
+    "create_dual_lora_optimizer",
+    "disable_adapter",
     "dual_lora_delta",
     "dual_lora_linear",
     "dual_lora_merge_",

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .adapter import DualLoraAdapter
+from .hooks import has_aligning_hook
 from .validation import SUPPORTED_DTYPES
 
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl")
@@ -56,8 +57,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"{kind} is not a linear layer with nn.Linear's forward"
     # accelerate leaves the class's own forward on the instance when it takes its hooks off.
     own_forward = types.MethodType(type(module).forward, module)
-    if vars(module).get("forward", own_forward) != own_forward:
-        return f"this {kind}'s forward was replaced on the instance (accelerate's hooks and unsloth do that)"
+    replaced = "_old_forward" if has_aligning_hook(module) else "forward"
+    if vars(module).get(replaced, own_forward) != own_forward:
+        return f"this {kind}'s forward was replaced on the instance (unsloth does that)"
     for name in _CALL:
         if name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name):
             return f"{kind}'s {name} is not nn.Module's, and may do more than forward"
@@ -67,8 +69,13 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
     if others or type(module).get_extra_state is not nn.Module.get_extra_state:
         return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"
-    if any(getattr(module, name) for name in _HOOKS) or hasattr(module, "_hf_hook"):
+    if any(getattr(module, name) for name in _HOOKS):
         return f"this {kind} has hooks, which replacing it would drop; register them afterwards"
+    if hasattr(module, "_hf_hook") and not has_aligning_hook(module):
+        return (
+            f"this {kind} has accelerate's {type(module._hf_hook).__name__}, which replacing it would drop; "
+            "remove it by accelerate.hooks.remove_hook_from_module"
+        )
     return None
 
 

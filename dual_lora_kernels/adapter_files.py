@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ WEIGHTS_FILE = "dual_lora_model.safetensors"
 SETTINGS_KEY = "dual_lora_config"
 """Where the safetensors file's metadata has the settings, as the same text that the JSON file has."""
 _FORMAT = 1
-_SETTINGS = ("r1", "r2", "alpha", "init_std", "ste", "rounding", "clip_bound", "dropout", "adapter_dtype")
+_OPTIONS = ("r1", "r2", "alpha", "init_std", "ste", "rounding", "clip_bound", "dropout", "adapter_dtype")
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SUPPORTED_DTYPES}
 
 
@@ -32,11 +33,13 @@ class Adapter(NamedTuple):
 
     configs: Mapping[str, DualLoraConfig]
     state: Mapping[str, torch.Tensor]
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are saved whole; their tensors are in `state` too."""
 
 
 def layer_config(layer: DualLoraLinear) -> DualLoraConfig:
     """A layer's settings. Raises ValueError or TypeError where an attribute was set to what cannot be."""
-    options = {name: getattr(layer, name) for name in _SETTINGS if name not in ("dropout", "adapter_dtype")}
+    options = {name: getattr(layer, name) for name in _OPTIONS if name not in ("dropout", "adapter_dtype")}
     return DualLoraConfig(**options, dropout=float(layer.dropout.p), adapter_dtype=layer.A.dtype)
 
 
@@ -46,7 +49,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     The safetensors file has the settings too, so its taking its place is the whole save; the JSON file follows. Raises
     OSError, with what was in `folder` unchanged, where they cannot be written.
     """
-    text = _settings_text(adapter.configs)
+    text = _settings_text(adapter.configs, adapter.modules_to_save)
     weights = save(dict(adapter.state), metadata={"format": "pt", SETTINGS_KEY: text})
     try:
         if folder.is_symlink():
@@ -81,57 +84,63 @@ def read_adapter(folder: Path) -> Adapter:
     if text is None:
         if beside is None:
             raise _missing(settings_file)
-        return Adapter(_configs(settings_file, beside), state)
-    configs = _configs(weights_file, text)
-    if beside is not None and not _says(settings_file, beside, configs):
+        configs, modules_to_save = _settings(settings_file, beside)
+        return Adapter(configs, state, modules_to_save)
+    configs, modules_to_save = _settings(weights_file, text)
+    if beside is not None and not _says(settings_file, beside, (configs, modules_to_save)):
         _logger.warning(
             "%s does not say what %s has as its settings, which are used: it was edited, or a save is under way or was "
             "interrupted; saving again rewrites it",
             settings_file, WEIGHTS_FILE,
         )  # fmt: skip
-    return Adapter(configs, state)
+    return Adapter(configs, state, modules_to_save)
 
 
-def _settings_text(configs: Mapping[str, DualLoraConfig]) -> str:
+def _settings_text(configs: Mapping[str, DualLoraConfig], modules_to_save: tuple[str, ...]) -> str:
     layers = {
         name: config.layer_options() | {"adapter_dtype": str(config.adapter_dtype).removeprefix("torch.")}
         for name, config in configs.items()
     }
-    return json.dumps({"format": _FORMAT, "layers": layers}, indent=2) + "\n"
+    modules = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
+    return json.dumps({"format": _FORMAT, **modules, "layers": layers}, indent=2) + "\n"
 
 
-def _configs(file: Path, text: str | bytes) -> dict[str, DualLoraConfig]:
-    """Each saved layer's settings by name. `file`: where the text comes from."""
+def _settings(file: Path, text: str | bytes) -> tuple[dict[str, DualLoraConfig], tuple[str, ...]]:
+    """Each saved layer's settings by name, and the modules saved whole. `file`: where the text comes from."""
     try:
         settings = json.loads(text)
         if settings["format"] != _FORMAT:
             raise ValueError(f"format: got {settings['format']!r}, expected {_FORMAT}; is it of a newer version?")
         if not settings["layers"]:
             raise ValueError("it names no layers")
-        return {name: _config(name, layer) for name, layer in settings["layers"].items()}
+        modules = settings.get("modules_to_save", [])
+        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise ValueError(f"modules_to_save: got {modules!r}, expected a list of names")
+        return {name: _config(name, layer) for name, layer in settings["layers"].items()}, tuple(modules)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _unreadable(file, error) from error
 
 
 def _config(name: str, layer: dict[str, Any]) -> DualLoraConfig:
-    if layer.keys() != set(_SETTINGS):
-        raise ValueError(f"{name} has the settings {sorted(layer)}, expected {sorted(_SETTINGS)}")
+    if layer.keys() != set(_OPTIONS):
+        raise ValueError(f"{name} has the settings {sorted(layer)}, expected {sorted(_OPTIONS)}")
     if layer["adapter_dtype"] not in _DTYPES:
         raise ValueError(f"adapter_dtype: got {layer['adapter_dtype']!r}, expected one of {', '.join(_DTYPES)}")
     return DualLoraConfig(**layer | {"adapter_dtype": _DTYPES[layer["adapter_dtype"]]})
 
 
-def _says(file: Path, text: bytes, configs: Mapping[str, DualLoraConfig]) -> bool:
+def _says(file: Path, text: bytes, settings: tuple[dict[str, DualLoraConfig], tuple[str, ...]]) -> bool:
     try:
-        return _configs(file, text) == configs
+        return _settings(file, text) == settings
     except ValueError:
         return False
 
 
 def _missing(file: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"folder: got {str(file.parent)!r}, which has no {file.name}; expected what save_dual_lora wrote"
-    )
+    hub = not file.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(file.parent))
+    download = ", or for one on the Hub what huggingface_hub.snapshot_download returns" if hub else ""
+    expected = f"what save_dual_lora or PEFT wrote{download}"
+    return FileNotFoundError(f"folder: got {str(file.parent)!r}, which has no {file.name}; expected {expected}")
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,14 +12,15 @@ from torch import nn
 
 from .adaptable import linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, factor_shapes, unwrapped
-from .adapter_files import Adapter, layer_config, read_adapter, write_adapter
+from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from .adapter_state import SAVED_TENSORS, adapter_of, check_value, dual_lora_state_dict, saved_modules
 from .config import DualLoraConfig
-from .linear import DualLoraLinear, dual_lora_layers
+from .linear import dual_lora_layers
 from .model import adapt
-from .validation import SUPPORTED_DTYPES, check_finite, check_tensor
+from .peft_files import PEFT_CONFIG_FILE, read_peft_files
+from .validation import check_tensor
 
 _logger = logging.getLogger("dual_lora_kernels")
-_SAVED_TENSORS = (*FACTOR_NAMES, "scale")
 
 
 class _Slot(NamedTuple):
@@ -27,21 +28,6 @@ class _Slot(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters' tensors alone: ``<layer>.A``, ``.B``, ``.C``, ``.D`` and ``.scale``, detached, not copied.
-
-    Raises ValueError where the model has no Dual LoRA layers.
-    """
-    state = {
-        f"{name}.{tensor}": getattr(layer, tensor).detach()
-        for name, layer in dual_lora_layers(model)
-        for tensor in _SAVED_TENSORS
-    }
-    if not state:
-        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to save")
-    return state
 
 
 def load_dual_lora_state_dict(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -75,8 +61,8 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     file or folder takes the link's place, and what it pointed to (a cache, say) stays as it was; a folder does so in
     two steps. A process that is killed can leave a hidden ``.tmp`` file, which the next save into the folder removes.
 
-    What else trains (a bias, a head) is not saved, which is said on the package's logger; nor is the count of averaged
-    steps of an ``AveragedModel``.
+    Modules that `DualLoraConfig.modules_to_save` names are saved whole. What else trains (a bias, say) is not saved,
+    which is said on the package's logger; nor is the count of averaged steps of an ``AveragedModel``.
 
     Raises:
         ValueError: `model` has no Dual LoRA layers, or a factor or scale is not finite or has no values (on the meta
@@ -87,20 +73,18 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     file or the last flush failed.
     """
     folder = Path(folder)
-    state = dual_lora_state_dict(model)
-    for name, tensor in state.items():
-        _check_value("model", name, tensor, tensor.dtype)
-    configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
-    adapter = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
-    others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in adapter]
+    adapter = adapter_of(model)
+    saved = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
+    saved |= {id(parameter) for _, module in saved_modules(model) for parameter in module.parameters()}
+    others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in saved]
     if others:
         _logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
-    write_adapter(folder, Adapter(configs, {name: tensor.contiguous() for name, tensor in state.items()}))
+    write_adapter(folder, adapter)
     return folder
 
 
 def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Load an adapter that `save_dual_lora` wrote and return `model`.
+    """Load an adapter that `save_dual_lora`, ``save_pretrained`` or PEFT wrote and return `model`.
 
     A plain model is first adapted in place, with the saved settings. A model that already has Dual LoRA layers must
     have the same layers with the same ranks. It keeps its own settings, and the log says if these compute something
@@ -116,18 +100,37 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             `load_dual_lora_state_dict` refuses. Nothing has been changed then.
     """
     folder = Path(folder)
-    configs, state = read_adapter(folder)
+    adapter = read_adapter(folder) if (folder / WEIGHTS_FILE).is_file() else _from_peft(folder)
     if next(dual_lora_layers(model), None) is None:
-        chosen = _saved_layers(model, configs)
-        _check_state("folder", _slots_after_adapting(chosen), state)
-        adapt(model, chosen)
+        chosen = _saved_layers(model, adapter.configs)
+        whole = _modules_saved_whole(model, adapter.modules_to_save)
+        slots = _slots_after_adapting(chosen)
+        for name, module in whole.items():
+            slots |= {f"{name}.{key}": _slot(tensor) for key, tensor in module.state_dict().items()}
+        _check_state("folder", slots, adapter.state)
+        adapt(model, chosen, list(whole.values()))
     else:
         _check_layers(model)
-        _check_state("folder", _slots(model), state)
-        _report_other_settings(model, configs)
-    _fill(model, state)
-    _logger.info("loaded %d layers from %s", len(configs), folder)
+        _check_state("folder", _slots(model), adapter.state)
+        _report_other_settings(model, adapter.configs)
+    _fill(model, adapter.state)
+    _logger.info("loaded %d layers from %s", len(adapter.configs), folder)
     return model
+
+
+def _from_peft(folder: Path) -> Adapter:
+    if (folder / PEFT_CONFIG_FILE).is_file():
+        return read_peft_files(folder)
+    return read_adapter(folder)  # which says what is missing
+
+
+def _modules_saved_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a plain model that a saved adapter has whole. Raises ValueError if there is none of that name."""
+    modules = dict(unwrapped(model).named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"folder: the saved adapter has a module {name!r}, which the model does not have")
+    return {name: modules[name] for name in names}
 
 
 def _saved_layers(
@@ -147,7 +150,11 @@ def _saved_layers(
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
     """By the names of `dual_lora_state_dict`."""
-    return {name: _Slot(tuple(tensor.shape), tensor.dtype) for name, tensor in dual_lora_state_dict(model).items()}
+    return {name: _slot(tensor) for name, tensor in dual_lora_state_dict(model).items()}
+
+
+def _slot(tensor: torch.Tensor) -> _Slot:
+    return _Slot(tuple(tensor.shape), tensor.dtype)
 
 
 def _slots_after_adapting(chosen: Mapping[str, tuple[nn.Module, DualLoraConfig]]) -> dict[str, _Slot]:
@@ -188,41 +195,33 @@ def _check_state(argument: str, slots: Mapping[str, _Slot], state: Mapping[str, 
                 f"{argument}: {name} has shape {tuple(value.shape)}, expected {shape}: "
                 "the adapter was trained with other ranks or for another model"
             )
-        _check_value(argument, name, value, dtype)
-
-
-def _check_value(argument: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise ValueError unless `value` holds finite numbers that `dtype` can hold too."""
-    if value.dtype not in SUPPORTED_DTYPES:
-        supported = ", ".join(map(str, SUPPORTED_DTYPES))
-        raise ValueError(f"{argument}: {name} is of {value.dtype}, expected one of {supported}")
-    if value.is_meta:
-        raise ValueError(f"{argument}: {name} is on the meta device, expected a tensor with values")
-    check_finite(f"{argument}: {name}", value)
-    if value.dtype != dtype:
-        check_finite(f"{argument}: {name} in the model's {dtype}", value.to(dtype))
+        check_value(argument, name, value, dtype)
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put values that fit into the adapted layers of `model`."""
     for name, layer in dual_lora_layers(model):
-        for tensor in _SAVED_TENSORS:
-            _put(layer, tensor, state[f"{name}.{tensor}"])
+        for tensor in SAVED_TENSORS:
+            _put(layer, tensor, state[f"{name}.{tensor}"], "cpu" if layer.weight.is_meta else layer.weight.device)
+    for name, module in saved_modules(model):
+        for key in module.state_dict():
+            owner, _, last = key.rpartition(".")
+            _put(module.get_submodule(owner), last, state[f"{name}.{key}"], "cpu")
 
 
-def _put(layer: DualLoraLinear, name: str, value: torch.Tensor) -> None:
-    own: torch.Tensor = getattr(layer, name)
+def _put(module: nn.Module, name: str, value: torch.Tensor, device: torch.device | str) -> None:
+    """Give a tensor of `module` new values; one on the meta device is replaced by one on `device`."""
+    own: torch.Tensor = getattr(module, name)
     if not own.is_meta:
         own.copy_(value)
         return
-    device = "cpu" if layer.weight.is_meta else layer.weight.device
     real = value.to(device, own.dtype, copy=True)
     # Not setattr, which init_empty_weights makes move the values to the meta device again.
-    if name in layer._parameters:
-        layer._parameters[name] = nn.Parameter(real, requires_grad=own.requires_grad)
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(real, requires_grad=own.requires_grad)
     else:
-        layer._buffers[name] = real
+        module._buffers[name] = real
 
 
 def _report_other_settings(model: nn.Module, configs: Mapping[str, DualLoraConfig]) -> None:

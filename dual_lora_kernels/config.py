@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from .fields import explains_unknown_fields
 from .validation import check_dtype, check_hyperparameters
 
 ALL_LINEAR = "all-linear"
 """The value of `DualLoraConfig.target_modules` that stands for every adaptable linear layer but the output head."""
 
 
+@explains_unknown_fields
 @dataclass(frozen=True)
 class DualLoraConfig:
     """How `apply_dual_lora` adapts a model.
@@ -23,8 +25,10 @@ class DualLoraConfig:
         target_modules: ``"all-linear"``: every adaptable linear layer except the output head and layers whose weight is
             tied to another module's. A list of names: each a layer's full name or the end of it after a dot
             (``["q_proj", "v_proj"]``). Any other string: a regular expression that must match the full name.
-        exclude_modules: names, as in a list of targets, that are left alone whatever `target_modules` says (a newly
-            initialised classification head, say, which ``"all-linear"`` would adapt and freeze).
+        exclude_modules: names, as in a list of targets, that are left alone whatever `target_modules` says.
+        modules_to_save: names, as in a list of targets, of modules that are trained whole, in place, and saved with the
+            adapter. None: the head of a transformers model that is a backbone with a new head on it (for classification
+            and the like, not a language model's); the log names it. ``()``: none.
         r1, r2, alpha, dropout, init_std, ste, rounding, clip_bound, adapter_dtype: see `DualLoraLinear`.
 
     Raises:
@@ -33,6 +37,7 @@ class DualLoraConfig:
 
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: Sequence[str] = ()
+    modules_to_save: Sequence[str] | None = None
     r1: int = 16
     r2: int = 16
     alpha: float = 32.0
@@ -63,7 +68,9 @@ class DualLoraConfig:
             object.__setattr__(self, "target_modules", _names("target_modules", targets))
             if not self.target_modules:
                 raise ValueError(f"target_modules: got {targets!r}, expected names of layers or their last parts")
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        for name in ("exclude_modules", "modules_to_save"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _names(name, getattr(self, name)))
 
     def layer_options(self) -> dict[str, Any]:
         """The keyword arguments of `DualLoraLinear.from_linear`."""

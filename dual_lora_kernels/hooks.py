@@ -25,6 +25,13 @@ def call_within_hooks(
     return result
 
 
+def move_hook(hooked: Sequence[nn.Module], module: nn.Module) -> None:
+    """Give `module` the hook of the layer in whose place it comes."""
+    for layer in hooked:
+        accelerate_hooks = sys.modules["accelerate.hooks"]
+        accelerate_hooks.add_hook_to_module(module, layer._hf_hook)
+
+
 def has_aligning_hook(module: nn.Module) -> bool:
     """Whether `module` has the hook by which accelerate puts inputs and weights onto the device that computes."""
     defining = sys.modules.get("accelerate.hooks")  # who has such a hook has imported it

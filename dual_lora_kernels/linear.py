@@ -10,6 +10,7 @@ from torch import nn
 
 from .adaptable import is_transposed, linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, DualLoraAdapter, unwrapped
+from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_offloaded
 from .prepared import PreparedWeight, state_of
 from .validation import check_dtype, check_positive_int
 
@@ -36,6 +37,8 @@ class DualLoraLinear(DualLoraAdapter):
 
     Attributes:
         weight, bias, A, B, C, D: parameters; weight is [out_features, in_features], the other way where `transposed`.
+        enabled: False in `disable_adapter`: the layer computes x W0ᵀ + b.
+        hooked: the layer given to `from_linear` if accelerate's hooks move its inputs or weights, in a tuple.
         scale: 0-dim fp32 buffer, changed in place by warm-up and saved with the state. Stays fp32 under ``.to(dtype)``.
 
     Raises:
@@ -72,7 +75,8 @@ class DualLoraLinear(DualLoraAdapter):
             rounding=rounding, clip_bound=clip_bound, device=device,
             adapter_dtype=default_adapter_dtype(dtype) if adapter_dtype is None else adapter_dtype,
         )  # fmt: skip
-        self.transposed = False
+        self.transposed, self.enabled = False, True
+        self.hooked: tuple[nn.Module, ...] = ()
         self._unmerged_weight: torch.Tensor | None = None
         self._prepared: PreparedWeight | None = None
         base: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -96,9 +100,11 @@ class DualLoraLinear(DualLoraAdapter):
         layer = cls(*linear_features(linear), bias=False, device="meta", dtype=weight.dtype, **options)
         layer.transposed = is_transposed(linear)
         layer.weight, layer.bias = weight, bias
+        layer.hooked = (linear,) if has_aligning_hook(linear) else ()  # a tuple, so that it is no submodule
+        device = computing_device(linear)
         for name in FACTOR_NAMES:
-            setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=weight.device)))
-        layer.scale = torch.empty_like(layer.scale, device=weight.device)
+            setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=device)))
+        layer.scale = torch.empty_like(layer.scale, device=device)
         layer.reset_adapter_parameters()
         for parameter in (layer.weight, layer.bias):  # not `weight`: init_empty_weights has put another in its place
             if parameter is not None:
@@ -118,20 +124,28 @@ class DualLoraLinear(DualLoraAdapter):
 
     def _oriented_weight(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; a view."""
-        return self.weight.t() if self.transposed else self.weight
+        weight = self._base().weight
+        return weight.t() if self.transposed else weight
+
+    def _base(self) -> DualLoraLinear:
+        """What holds weight and bias during a call: this layer, or the hooked one that accelerate brings them to."""
+        return self.hooked[0] if self.hooked and is_offloaded(self.hooked[0]) else self  # type: ignore[return-value]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features] in the input's dtype (autocast's where active)."""
-        if self.merged:
-            if self.training and torch.is_grad_enabled() and self.trains():
-                raise RuntimeError("DualLoraLinear is merged, so its adapter cannot train: call unmerge() first")
-            return self.base_linear(input, self._oriented_weight(), self.bias)
+        return call_within_hooks(self.hooked, input, self._forward) if self.hooked else self._forward(input)
+
+    def _forward(self, input: torch.Tensor) -> torch.Tensor:
+        bias = self._base().bias
+        if self.merged and self.training and torch.is_grad_enabled() and self.trains():
+            raise RuntimeError("DualLoraLinear is merged, so its adapter cannot train: call unmerge() first")
+        if self.merged or not self.enabled:
+            return self.base_linear(input, self._oriented_weight(), bias)
         drops = self.training and self.dropout.p > 0
         weight = None if self._prepared is None or drops else self._prepared_weight(input)
         if weight is not None:
-            bias = None if self.bias is None else self.bias.to(weight.dtype)
-            return nn.functional.linear(input, weight, bias)
-        return self.adapted_linear(input, self._oriented_weight(), self.bias)
+            return nn.functional.linear(input, weight, None if bias is None else bias.to(weight.dtype))
+        return self.adapted_linear(input, self._oriented_weight(), bias)
 
     @property
     def prepared(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,9 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from .adaptable import is_transposed
 from .adapter import unwrapped
-from .config import DualLoraConfig
+from .adapter_state import mark_as_saved, saved_modules
+from .config import ALL_LINEAR, DualLoraConfig
+from .hooks import move_hook
 from .linear import DualLoraLinear, dual_lora_layers
-from .targets import find_targets, shared_weights
+from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pretrained
+from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
 
 _logger = logging.getLogger("dual_lora_kernels")
 
@@ -24,14 +27,19 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     """Replace the layers that `config` names by `DualLoraLinear` in place, freeze the rest, and return `model`.
 
     The new layers share the base weights of the layers that they replace; nothing is copied. The package's logger says
-    which layers were matched.
+    which layers were matched. From now on ``save_pretrained`` of a transformers model saves the adapter, as in PEFT.
 
     Raises:
         ValueError: `config` matches no layer, one of its names matches none, or a layer that it names cannot be
             adapted; the model already has layers of Dual LoRA or PEFT, has parameters without a shape, or is a linear
-            layer itself. Nothing has been
-            changed then.
+            layer itself. Nothing has been changed then.
+        TypeError: `config` is no `DualLoraConfig` of this package's (PEFT's are for ``get_peft_model``).
     """
+    if not isinstance(config, DualLoraConfig):
+        raise TypeError(
+            f"config: got {type(config).__module__}.{type(config).__name__}, expected dual_lora_kernels.DualLoraConfig("
+            "r1=…, r2=…, alpha=…, target_modules=…); configurations of PEFT are for get_peft_model"
+        )
     if next(dual_lora_layers(model), None) is not None:
         raise ValueError(
             f"model: got {type(model).__name__} with Dual LoRA layers, expected one without; merge them first"
@@ -41,14 +49,19 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"model: {name} has no shape yet, expected an initialised model: run it once first")
-    chosen, refused = find_targets(unwrapped(model), config.target_modules, config.exclude_modules)
-    adapt(model, {name: (module, config) for name, module in chosen.items()})
-    _report(model, list(chosen), refused)
+    whole = find_whole(unwrapped(model), config.modules_to_save)
+    chosen, refused = find_targets(unwrapped(model), config.target_modules, config.exclude_modules, whole)
+    adapt(model, {name: (module, config) for name, module in chosen.items()}, list(whole.values()))
+    _report(model, list(chosen), list(whole), refused)
+    if config.target_modules == ALL_LINEAR:
+        report_stacked_experts(unwrapped(model))
     return model
 
 
-def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]]) -> None:
-    """Replace each chosen layer by an adapted one and freeze everything but the adapters.
+def adapt(
+    model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]], whole: Sequence[nn.Module] = ()
+) -> None:
+    """Replace each chosen layer by an adapted one, and freeze everything but the adapters and the modules in `whole`.
 
     Every layer is built before the first one is replaced.
     """
@@ -58,6 +71,9 @@ def adapt(model: nn.Module, chosen: dict[str, tuple[nn.Module, DualLoraConfig]])
             built[id(module)] = DualLoraLinear.from_linear(module, **config.layer_options())
     model.requires_grad_(False)
     _replace(model, built)
+    for module in whole:
+        mark_as_saved(module)
+    save_adapters_by_save_pretrained(model)
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -103,7 +119,36 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
             layer.unmerge()
         plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
+    for _, module in list(saved_modules(model)):
+        mark_as_saved(module, False)
+    save_models_by_save_pretrained(model)
     return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within this ``with`` block, every Dual LoRA layer of `model` computes as its base layer does.
+
+    This is for the reference logits of DPO and the like. Merged layers are unmerged meanwhile. Modules that
+    `DualLoraConfig.modules_to_save` names were trained in place, and stay as they are. A model that PEFT adapted has
+    ``disable_adapter()`` itself. Raises ValueError where the model has no Dual LoRA layers.
+    """
+    layers = [layer for _, layer in dual_lora_layers(model)]
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to disable")
+    merged = [layer for layer in layers if layer.merged]
+    were_enabled = [layer.enabled for layer in layers]
+    for layer in merged:
+        layer.unmerge()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer, enabled in zip(layers, were_enabled, strict=True):
+            layer.enabled = enabled
+        for layer in merged:
+            layer.merge()
 
 
 @contextmanager
@@ -138,20 +183,22 @@ def _plain(layer: DualLoraLinear, weight: nn.Parameter) -> nn.Module:
         plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
     plain.register_parameter("weight", weight)
     plain.register_parameter("bias", layer.bias)
+    move_hook(layer.hooked, plain)
     return plain.train(layer.training)
 
 
-def _report(model: nn.Module, names: list[str], refused: dict[str, str]) -> None:
+def _report(model: nn.Module, names: list[str], whole: list[str], refused: dict[str, str]) -> None:
     kinds = Counter(name.rpartition(".")[2] for name in names)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     left = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
     _logger.info(
-        "adapted %d layers: %s; %s of %s parameters train (%.2f %%)%s",
+        "adapted %d layers: %s; %s of %s parameters train (%.2f %%)%s%s",
         len(names),
         ", ".join(f"{kind} x {count}" for kind, count in kinds.items()),
         f"{trainable:,}",
         f"{total:,}",
         100 * trainable / total,
+        f"; trained whole and saved: {', '.join(whole)}" if whole else "",
         f"; left alone: {left}" if left else "",
     )

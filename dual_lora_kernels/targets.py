@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,24 +16,28 @@ from .config import ALL_LINEAR
 from .validation import overlaps_itself
 
 _logger = logging.getLogger("dual_lora_kernels")
+_HEADS = ("classifier", "score")
+"""Names of classification heads in the models that keep no backbone apart; PEFT's list begins with them."""
 _MOST_NAMED = 12
 """How many candidates an error message lists."""
 
 
 def find_targets(
-    model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str] = ()
+    model: nn.Module, targets: str | Sequence[str], excluded: Sequence[str] = (), whole: Iterable[str] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers to adapt, by name, and the reasons why ``"all-linear"`` leaves others alone, by name.
 
-    A module that occurs at several places in the model is returned under each of its names. Raises ValueError if no
-    layer matches, if a listed name matches no layer, if a layer that is asked for by name cannot be adapted, or if PEFT
-    has adapted the model.
+    `whole`: full names of modules that are trained whole; nothing in them is a target. A module that occurs at several
+    places in the model is returned under each of its names. Raises ValueError if no layer matches, if a listed name
+    matches no layer, if a layer that is asked for by name cannot be adapted, or if PEFT has adapted the model.
     """
     _refuse_peft(model)
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name and not any(_names_it(target, name) for target in excluded)
+        if name
+        and not any(names_it(target, name) for target in excluded)
+        and not any(f"{name}.".startswith(f"{module}.") for module in whole)
     }
     linears = {
         name: module for name, module in modules.items() if isinstance(module, nn.Linear) or is_transposed(module)
@@ -50,7 +54,7 @@ def find_targets(
         chosen = {name: module for name, module in modules.items() if re.fullmatch(targets, name)}
         unmatched = [] if chosen else [targets]
     else:
-        hits = {t: [name for name in modules if _names_it(t, name)] for t in targets}
+        hits = {t: [name for name in modules if names_it(t, name)] for t in targets}
         unmatched = [target for target, names in hits.items() if not names]
         chosen = {name: modules[name] for names in hits.values() for name in names}
     if unmatched:
@@ -63,6 +67,36 @@ def find_targets(
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
     return chosen, {}
+
+
+def find_whole(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The modules of `DualLoraConfig.modules_to_save`, by full name. Raises ValueError if a name matches none."""
+    if names is None:
+        return _new_head(model)
+    modules = {name: module for name, module in model.named_modules() if name}
+    found = {target: [name for name in modules if names_it(target, name)] for target in names}
+    missing = [target for target, hits in found.items() if not hits]
+    if missing:
+        raise ValueError(f"modules_to_save: got {missing}, expected names of modules in {type(model).__name__}")
+    return {name: modules[name] for hits in found.values() for name in hits}
+
+
+def _new_head(model: nn.Module) -> dict[str, nn.Module]:
+    """What transformers puts on a backbone to classify and the like: usually new, so it is no use frozen.
+
+    A language model's head is an output embedding, and not new.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    prefix = getattr(model, "base_model_prefix", None)
+    if not isinstance(prefix, str) or output is not None:
+        return {}
+    backbone = model._modules.get(prefix)
+    return {
+        name: child
+        for name, child in model.named_children()
+        if (name in _HEADS if backbone is None else child is not backbone)
+        and next(child.parameters(), None) is not None
+    }
 
 
 def _refuse_peft(model: nn.Module) -> None:
@@ -80,7 +114,7 @@ def _refuse_peft(model: nn.Module) -> None:
         )
 
 
-def _names_it(target: str, name: str) -> bool:
+def names_it(target: str, name: str) -> bool:
     """Whether a listed target is a layer's full name or its end after a dot."""
     return name == target or name.endswith(f".{target}")
 

@@ -12,12 +12,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ..parameter_groups import create_dual_lora_optimizer
+from ..peft_files import PEFT_PREFIX
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
 from .model import DualLoraModel
-from .registration import PEFT_TYPE, PREFIX
+from .registration import PEFT_TYPE
 
 if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
-    register_peft_method(name=PEFT_TYPE.lower(), config_cls=DualLoraConfig, model_cls=DualLoraModel, prefix=PREFIX)
+    register_peft_method(name=PEFT_TYPE.lower(), config_cls=DualLoraConfig, model_cls=DualLoraModel, prefix=PEFT_PREFIX)
 
 __all__ = ["DualLoraConfig", "DualLoraLayer", "DualLoraModel", "Linear", "create_dual_lora_optimizer"]

@@ -13,7 +13,7 @@ from torch import nn
 from ..adaptable import is_transposed, linear_features
 from ..adapter import DualLoraAdapter
 from ..hooks import call_within_hooks, computing_device
-from .registration import PREFIX
+from ..peft_files import PEFT_PREFIX
 
 BASE = "__base__"
 """In mixed batches, the adapter's name for rows that no adapter is for; PEFT's."""
@@ -22,7 +22,7 @@ BASE = "__base__"
 class DualLoraLayer(BaseTunerLayer):  # type: ignore[misc]  # mypy skips PEFT
     """What every layer of the tuner is, for PEFT to find."""
 
-    adapter_layer_names: tuple[str, ...] = (PREFIX,)
+    adapter_layer_names: tuple[str, ...] = (PEFT_PREFIX,)
     other_param_names: tuple[str, ...] = ()
 
 
@@ -58,16 +58,17 @@ class Linear(nn.Module, DualLoraLayer):
             self.in_features, self.out_features, **options, device=None, adapter_dtype=torch.float32
         )
         adapter.reset_adapter_parameters()
+        if not adapter.A.is_meta:
+            adapter.to(self.get_base_layer().weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Give an adapter the base weight's device and, as in PEFT, its dtype; PEFT casts 16-bit ones up afterwards."""
+        """Put an adapter where the base layer computes. Its dtype stays: in 16 bits, loaded factors would lose some."""
         (adapter,) = self._adapters([adapter_name])
-        base = self.get_base_layer()
         if not adapter.A.is_meta:
-            adapter.to(computing_device(base) if device is None else device, base.weight.dtype)
+            adapter.to(computing_device(self.get_base_layer()) if device is None else device)
 
     def _oriented_weight(self) -> torch.Tensor:
         """W0 [out_features, in_features]; a view."""

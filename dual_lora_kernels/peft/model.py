@@ -14,10 +14,10 @@ from torch import nn
 
 from ..adaptable import why_not_adaptable
 from ..config import ALL_LINEAR
+from ..peft_files import PEFT_PREFIX
 from ..targets import report_stacked_experts, why_not_suited
 from .config import DualLoraConfig
 from .layer import BASE, DualLoraLayer, Linear
-from .registration import PREFIX
 
 _logger = logging.getLogger("dual_lora_kernels")
 
@@ -25,7 +25,7 @@ _logger = logging.getLogger("dual_lora_kernels")
 class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     """A model with Dual LoRA adapters; ``get_peft_model`` makes it from a `DualLoraConfig`."""
 
-    prefix: str = PREFIX
+    prefix: str = PEFT_PREFIX
     tuner_layer_cls = DualLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 

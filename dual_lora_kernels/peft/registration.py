@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from peft.utils import PeftType
 
-PREFIX = "dual_adapter"
-"""What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
+from ..peft_files import PEFT_NAME
 
 
 def _extended(name: str) -> PeftType:
@@ -20,4 +19,4 @@ def _extended(name: str) -> PeftType:
     return PeftType(name)
 
 
-PEFT_TYPE = _extended("DUAL_LORA")
+PEFT_TYPE = _extended(PEFT_NAME)

@@ -1,0 +1,78 @@
+"""What of a model is its adapter: the tensors of the adapted layers, and modules that are trained and saved whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .adapter import FACTOR_NAMES, unwrapped
+from .adapter_files import Adapter, layer_config
+from .linear import dual_lora_layers
+from .validation import SUPPORTED_DTYPES, check_finite
+
+SAVED_TENSORS = (*FACTOR_NAMES, "scale")
+_MARK = "_saved_with_dual_lora"
+"""The attribute of modules that `DualLoraConfig.modules_to_save` names; copies and pickles of a model keep it."""
+
+
+def mark_as_saved(module: nn.Module, saved: bool = True) -> None:
+    """Let `module` be trained and saved whole, or not any more."""
+    if saved:
+        setattr(module, _MARK, True)
+        module.requires_grad_(True)
+    elif _MARK in vars(module):
+        delattr(module, _MARK)
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module that is saved whole, each once, without wrappers' prefixes in the names."""
+    return ((name, module) for name, module in unwrapped(model).named_modules() if _MARK in vars(module))
+
+
+def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors alone, detached, not copied: what `save_dual_lora` saves.
+
+    These are ``<layer>.A``, ``.B``, ``.C``, ``.D`` and ``.scale`` of each adapted layer, and the state of the modules
+    that `DualLoraConfig.modules_to_save` names. Raises ValueError where the model has no Dual LoRA layers.
+    """
+    state = {
+        f"{name}.{tensor}": getattr(layer, tensor).detach()
+        for name, layer in dual_lora_layers(model)
+        for tensor in SAVED_TENSORS
+    }
+    if not state:
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to save")
+    for name, module in saved_modules(model):
+        state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+    return state
+
+
+def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> Adapter:
+    """The adapter of `model`, to be saved. `state_dict`: the model's, where its own tensors are sharded, say.
+
+    Raises ValueError where there is none, or where it holds what could not be loaded: see `check_value`.
+    """
+    state = dual_lora_state_dict(model)
+    if state_dict is not None:
+        state = {name: state_dict.get(name, tensor).detach() for name, tensor in state.items()}
+    for name, tensor in state.items():
+        check_value("model", name, tensor, tensor.dtype)
+    configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    return Adapter(configs, contiguous, tuple(name for name, _ in saved_modules(model)))
+
+
+def check_value(argument: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `value` holds finite numbers that `dtype` can hold too, or integers of that dtype."""
+    if value.is_meta:
+        raise ValueError(f"{argument}: {name} is on the meta device, expected a tensor with values")
+    if not dtype.is_floating_point and value.dtype == dtype:  # a buffer of a module that is saved whole
+        return
+    if value.dtype not in SUPPORTED_DTYPES:
+        supported = ", ".join(map(str, SUPPORTED_DTYPES))
+        raise ValueError(f"{argument}: {name} is of {value.dtype}, expected one of {supported}")
+    check_finite(f"{argument}: {name}", value)
+    if value.dtype != dtype:
+        check_finite(f"{argument}: {name} in the model's {dtype}", value.to(dtype))

@@ -1,0 +1,133 @@
+"""An adapter as PEFT keeps it on disk: adapter_config.json and adapter_model.safetensors. Needs no PEFT."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from .adapter_files import Adapter
+from .config import DualLoraConfig
+from .durable_files import replace_files
+from .fields import alpha_for, check_patterns, ranks_for
+from .targets import names_it
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+PEFT_NAME = "DUAL_LORA"
+"""The method's name, the value of PeftType."""
+PEFT_PREFIX = "dual_adapter"
+"""What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
+_BASE = "base_model.model."
+_SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound")
+"""Options that PEFT's format has once for all layers."""
+
+
+def read_peft_files(folder: Path) -> Adapter:
+    """Read the adapter that PEFT or `write_peft_files` saved.
+
+    Raises FileNotFoundError where a file is missing, ValueError where one is damaged or holds something else.
+    """
+    config_file, weights_file = folder / PEFT_CONFIG_FILE, folder / PEFT_WEIGHTS_FILE
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"folder: got {str(folder)!r}, which has no {file.name}")
+    try:
+        settings = json.loads(config_file.read_bytes())
+        if settings["peft_type"] != PEFT_NAME:
+            raise ValueError(f"peft_type: got {settings['peft_type']!r}, expected {PEFT_NAME!r}")
+        with torch.device("cpu"):
+            saved = load(weights_file.read_bytes())
+        return _adapter(settings, saved)
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, RecursionError) as error:
+        raise ValueError(f"folder: PEFT's files in {str(folder)!r} cannot be read: {error}") from error
+
+
+def _adapter(settings: Mapping[str, Any], saved: Mapping[str, torch.Tensor]) -> Adapter:
+    check_patterns(settings.get("rank_pattern"), settings.get("alpha_pattern"))
+    state, layers, whole = {}, [], set()
+    for key, tensor in saved.items():
+        name = key.removeprefix(_BASE)
+        layer, found, tensor_name = name.partition(f".{PEFT_PREFIX}.")
+        if found:
+            state[f"{layer}.{tensor_name}"] = tensor
+            layers += [layer] if tensor_name == "scale" else []
+        else:
+            whole.add(_saved_module(name, settings.get("modules_to_save") or ()))
+            state[name] = tensor
+    if not layers:
+        raise ValueError("it names no layers")
+    configs = {}
+    for layer in layers:
+        r1, r2 = ranks_for(layer, settings["r1"], settings["r2"], settings.get("rank_pattern"))
+        configs[layer] = DualLoraConfig(
+            r1=r1,
+            r2=r2,
+            alpha=alpha_for(layer, settings["alpha"], settings.get("alpha_pattern")),
+            adapter_dtype=state[f"{layer}.A"].dtype,
+            **{option: settings[option] for option in _SHARED},
+        )
+    return Adapter(configs, state, tuple(sorted(whole)))
+
+
+def _saved_module(name: str, modules_to_save: Any) -> str:
+    """The module that a tensor of no adapter belongs to. ValueError if PEFT saved it for another reason."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        module = ".".join(parts[:end])
+        if any(names_it(target, module) for target in modules_to_save):
+            return module
+    raise ValueError(
+        f"{name} is no adapter's and of no module in modules_to_save (a bias that was trained?); load it with PEFT"
+    )
+
+
+def write_peft_files(folder: Path, adapter: Adapter, base: str | None, more: Mapping[str, bytes]) -> None:
+    """Write both files, and `more` by their names. `base`: name or path of the base model. OSError where it fails."""
+    tensors = {}
+    for name, tensor in adapter.state.items():
+        layer, _, last = name.rpartition(".")
+        tensors[_BASE + (f"{layer}.{PEFT_PREFIX}.{last}" if layer in adapter.configs else name)] = tensor
+    settings = _settings(adapter.configs) | {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": list(adapter.modules_to_save) or None,
+        "peft_type": PEFT_NAME,
+        "task_type": None,
+    }
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    weights = save(tensors, metadata={"format": "pt"})
+    replace_files(folder, {PEFT_WEIGHTS_FILE: weights, **more, PEFT_CONFIG_FILE: text.encode()})
+
+
+def _settings(configs: Mapping[str, DualLoraConfig]) -> dict[str, Any]:
+    """PEFT's settings, which are the same for all layers, with patterns for the ranks and alphas that are not.
+
+    Raises ValueError where layers differ in another option.
+    """
+    first = next(iter(configs.values()))
+    for option in _SHARED:
+        for name, config in configs.items():
+            if getattr(config, option) != getattr(first, option):
+                raise ValueError(
+                    f"model: {name} has {option} {getattr(config, option)!r}, others {getattr(first, option)!r}; "
+                    "expected the same in all layers, as PEFT's format has it once: use save_dual_lora"
+                )
+    (r1, r2), _ = Counter((config.r1, config.r2) for config in configs.values()).most_common(1)[0]
+    alpha, _ = Counter(config.alpha for config in configs.values()).most_common(1)[0]
+    return {
+        "r1": r1,
+        "r2": r2,
+        "alpha": alpha,
+        **{option: getattr(first, option) for option in _SHARED},
+        "target_modules": "|".join(re.escape(name) for name in sorted(configs)),  # names could match the ends of others
+        "rank_pattern": {re.escape(n): [c.r1, c.r2] for n, c in configs.items() if (c.r1, c.r2) != (r1, r2)},
+        "alpha_pattern": {re.escape(n): c.alpha for n, c in configs.items() if c.alpha != alpha},
+    }

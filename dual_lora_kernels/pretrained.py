@@ -1,0 +1,64 @@
+"""``save_pretrained`` of an adapted transformers model saves the adapter, as PEFT does, and its Trainer can resume.
+
+transformers would write a state dict that ``from_pretrained`` reads as the bare base model, with a warning only.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from .adapter import unwrapped
+from .adapter_state import adapter_of, dual_lora_state_dict
+from .peft_files import write_peft_files
+
+TRAINER_WEIGHTS_FILE = "model.safetensors"
+"""What transformers' Trainer reads to resume or to load the best checkpoint: the adapter by the model's own names."""
+
+
+def save_adapters_by_save_pretrained(model: nn.Module) -> None:
+    """Make ``model.save_pretrained`` write the adapter, where `model` is one of transformers'."""
+    model = unwrapped(model)
+    if hasattr(type(model), "save_pretrained") and hasattr(model, "config"):
+        model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[assignment]
+        # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
+        model._keys_to_ignore_on_save = model.state_dict().keys() - dual_lora_state_dict(model).keys()  # type: ignore[assignment]
+
+
+def save_models_by_save_pretrained(model: nn.Module) -> None:
+    """Undo `save_adapters_by_save_pretrained`."""
+    for name in ("save_pretrained", "_keys_to_ignore_on_save"):
+        vars(unwrapped(model)).pop(name, None)
+
+
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **_: Any,
+) -> None:
+    """Write the adapter of `model` into a folder, in PEFT's format: adapter_config.json, adapter_model.safetensors.
+
+    `load_dual_lora`, PEFT and, where PEFT is installed and `dual_lora_kernels.peft` imported, ``from_pretrained`` read
+    it. For transformers' Trainer the same tensors are in model.safetensors too. `state_dict`: the model's, where its
+    own tensors are sharded. The whole model: ``merge_dual_lora(model).save_pretrained``.
+
+    Raises as `save_dual_lora` does, and ValueError where layers differ in more than ranks and alpha, or for
+    `push_to_hub`.
+    """
+    if push_to_hub:
+        raise ValueError("push_to_hub: got True, expected False: upload the folder by huggingface_hub.upload_folder")
+    if not is_main_process:
+        return
+    adapter = adapter_of(model, state_dict)
+    resuming = {TRAINER_WEIGHTS_FILE: save(dict(adapter.state), metadata={"format": "pt"})}
+    base = getattr(model, "name_or_path", None) or None
+    write_peft_files(Path(save_directory), adapter, base, resuming)
