@@ -55,6 +55,11 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"
     if not is_transposed(module) and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
         return f"{kind} is not a linear layer with nn.Linear's forward"
+    if hasattr(module, "_hf_hook") and not has_aligning_hook(module):
+        return (
+            f"this {kind} has accelerate's {type(module._hf_hook).__name__}, which replacing it would drop; "
+            "remove it by accelerate.hooks.remove_hook_from_module"
+        )
     # accelerate leaves the class's own forward on the instance when it takes its hooks off.
     own_forward = types.MethodType(type(module).forward, module)
     replaced = "_old_forward" if has_aligning_hook(module) else "forward"
@@ -71,11 +76,6 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"
     if any(getattr(module, name) for name in _HOOKS):
         return f"this {kind} has hooks, which replacing it would drop; register them afterwards"
-    if hasattr(module, "_hf_hook") and not has_aligning_hook(module):
-        return (
-            f"this {kind} has accelerate's {type(module._hf_hook).__name__}, which replacing it would drop; "
-            "remove it by accelerate.hooks.remove_hook_from_module"
-        )
     return None
 
 

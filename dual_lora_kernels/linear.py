@@ -127,6 +127,10 @@ class DualLoraLinear(DualLoraAdapter):
         weight = self._base().weight
         return weight.t() if self.transposed else weight
 
+    def _check_in_memory(self) -> None:
+        if self.weight.is_meta and self.hooked:
+            raise ValueError("weight is offloaded by accelerate, expected one in memory: load the model without")
+
     def _base(self) -> DualLoraLinear:
         """What holds weight and bias during a call: this layer, or the hooked one that accelerate brings them to."""
         return self.hooked[0] if self.hooked and is_offloaded(self.hooked[0]) else self  # type: ignore[return-value]
@@ -164,6 +168,7 @@ class DualLoraLinear(DualLoraAdapter):
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged: there is nothing to prepare")
+        self._check_in_memory()
         weight = self._oriented_weight().detach().clone(memory_format=torch.contiguous_format)
         self.merge_into(weight)
         self._prepared = PreparedWeight(weight, state_of(self._sources()))
@@ -199,6 +204,7 @@ class DualLoraLinear(DualLoraAdapter):
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged already: call unmerge() first")
+        self._check_in_memory()
         self.release()
         before = self.weight.detach().to("cpu", copy=True)
         self.merge_into(self._oriented_weight().detach())
@@ -216,11 +222,13 @@ class DualLoraLinear(DualLoraAdapter):
     def check_mergeable(self) -> None:
         """Raise ValueError where `merge` would because of values; nothing to check once merged."""
         if not self.merged:
+            self._check_in_memory()
             self.check_merge_into(self._oriented_weight())
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A new, plain ``nn.Linear`` with the merged weight; this layer stays as it is."""
+        """A new, plain ``nn.Linear`` with the merged weight; this layer stays as it is. Raises as `merge` does."""
+        self._check_in_memory()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         weight = self._oriented_weight().detach().clone(memory_format=torch.contiguous_format)
         if not self.merged:

@@ -89,18 +89,17 @@ def _saved_module(name: str, modules_to_save: Any) -> str:
     )
 
 
-def write_peft_files(folder: Path, adapter: Adapter, base: str | None, more: Mapping[str, bytes]) -> None:
-    """Write both files, and `more` by their names. `base`: name or path of the base model. OSError where it fails."""
+def write_peft_files(folder: Path, adapter: Adapter, about: Mapping[str, Any], more: Mapping[str, bytes]) -> None:
+    """Write both files, and `more` by their names. `about`: settings on the base model. OSError where it fails."""
     tensors = {}
     for name, tensor in adapter.state.items():
         layer, _, last = name.rpartition(".")
         tensors[_BASE + (f"{layer}.{PEFT_PREFIX}.{last}" if layer in adapter.configs else name)] = tensor
     settings = _settings(adapter.configs) | {
-        "base_model_name_or_path": base,
+        **about,
         "inference_mode": True,
         "modules_to_save": list(adapter.modules_to_save) or None,
         "peft_type": PEFT_NAME,
-        "task_type": None,
     }
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     weights = save(tensors, metadata={"format": "pt"})

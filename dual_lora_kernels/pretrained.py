@@ -60,5 +60,15 @@ def save_pretrained(
         return
     adapter = adapter_of(model, state_dict)
     resuming = {TRAINER_WEIGHTS_FILE: save(dict(adapter.state), metadata={"format": "pt"})}
-    base = getattr(model, "name_or_path", None) or None
-    write_peft_files(Path(save_directory), adapter, base, resuming)
+    write_peft_files(Path(save_directory), adapter, _about(model), resuming)
+
+
+def _about(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's files say of the base model, for ``AutoPeftModel`` to make it again."""
+    kind = type(model)
+    is_causal = kind.__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "task_type": "CAUSAL_LM" if is_causal else None,
+        "auto_mapping": None if is_causal else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    }

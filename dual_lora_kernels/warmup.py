@@ -14,7 +14,8 @@ class DualLoraWarmup:
     """Raises every Dual LoRA layer's scale linearly to alpha/√(r1·r2) over the first `steps` optimiser steps.
 
     During step t, counted from 0, the scale is multiplied by min(1, (t + 1)/steps). Adopters use 20 to 50 steps. The
-    scales are changed in place, so a compiled model does not recompile. ::
+    scales are changed in place, so a compiled model does not recompile. Adapters of PEFT's that do not train, beside
+    one that does, keep their scales. ::
 
         warmup = DualLoraWarmup(model, steps=50)
         for batch in data:
@@ -27,7 +28,8 @@ class DualLoraWarmup:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.steps = check_positive_int("steps", steps)
-        self._layers = [layer for _, layer in dual_lora_adapters(model)]
+        layers = [layer for _, layer in dual_lora_adapters(model)]
+        self._layers = [layer for layer in layers if layer.trains()] or layers
         if not self._layers:
             raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
         self.set_step(0)
