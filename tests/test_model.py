@@ -12,9 +12,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dual_lora_kernels import (
+    DualLoraConfig,
     DualLoraLinear,
     DualLoraWarmup,
     apply_dual_lora,
+    disable_adapter,
     dual_lora_parameter_groups,
     merge_dual_lora,
 )
@@ -203,3 +205,41 @@ def test_training_lowers_the_loss(make: Any) -> None:
     assert losses[-1] < losses[0] - 0.25
     for name, value in frozen.items():
         assert torch.equal(model.get_parameter(name), value), name
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disable_adapter(merged: bool) -> None:
+    model = apply_dual_lora(llama(), configuration())
+    before = logits(model)
+    if merged:
+        model.model.layers[0].self_attn.q_proj.merge()
+    weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    with disable_adapter(model) as same, disable_adapter(model):
+        assert same is model
+        assert torch.equal(logits(model), logits(llama()))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters())
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    with pytest.raises(KeyError), disable_adapter(model):
+        raise KeyError
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+
+
+def test_disable_adapter_needs_one() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^model: got LlamaForCausalLM without Dual LoRA layers"),
+        disable_adapter(llama()),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, "'r'; expected r1 .* and r2"),
+        ({"lora_alpha": 8}, "'lora_alpha'; expected alpha"),
+        ({"ste_": 1}, "expected ste"),
+    ],
+)
+def test_fields_of_loras_configuration_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DualLoraConfig(**options)

@@ -1,0 +1,158 @@
+"""Adapters go from one door to the other by PEFT's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from dual_lora_kernels import apply_dual_lora, load_dual_lora
+from dual_lora_kernels.linear import dual_lora_layers
+from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
+
+from .models import configuration, gpt2, llama, logits
+from .test_modules_to_save import classifier, step
+
+OPTIONS: dict[str, Any] = {"r1": 3, "r2": 2, "alpha": 1.0, "init_std": 0.3}
+
+
+def tuned(model: Any, **options: Any) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(model, PeftDualLoraConfig(**{"target_modules": "all-linear"} | OPTIONS | options)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_the_plain_door_reads_what_peft_saved(make: Any, tmp_path: Path) -> None:
+    model = tuned(make(), rank_pattern={r".*0.*(q_proj|c_attn)": (5, 4)}, alpha_pattern={"up_proj": 2.0}, ste="xnor")
+    model.save_pretrained(tmp_path)
+    again = load_dual_lora(make(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    for _, layer in dual_lora_layers(again):
+        assert layer.ste == "xnor"
+    ranks = {(layer.r1, layer.r2) for _, layer in dual_lora_layers(again)}
+    assert ranks == {(3, 2), (5, 4)}
+
+
+def test_the_plain_door_reads_modules_to_save(tmp_path: Path) -> None:
+    model = tuned(classifier(), task_type="SEQ_CLS", target_modules=["query", "value"]).train()
+    step(model)
+    model.eval().save_pretrained(tmp_path)
+    again = load_dual_lora(classifier(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert again.classifier.dense.weight.requires_grad
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_peft_reads_what_save_pretrained_of_the_plain_door_wrote(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = apply_dual_lora(make(), configuration(rounding="nearest"))
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
+    }  # fmt: skip
+    again = PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert {type(module).__name__ for name, module in again.named_modules() if name.endswith("c_attn")} <= {"Linear"}
+    assert torch.equal(logits(load_dual_lora(make(), tmp_path)), logits(model))
+
+
+def test_layers_of_other_ranks_and_a_head_go_through(tmp_path: Path) -> None:
+    model = apply_dual_lora(classifier(), configuration(["query", "value"]))
+    step(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_names_that_are_the_ends_of_others(tmp_path: Path) -> None:
+    """``fc`` is adapted, ``block.fc`` is not."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.block = torch.nn.Linear(4, 4), torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 4)})
+            self.config = None
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block["fc"](self.fc(x))
+
+    torch.manual_seed(0)
+    base = Net()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = apply_dual_lora(base, configuration(r"fc"))
+    model.save_pretrained(tmp_path)
+    other = Net()
+    other.load_state_dict(state)
+    again = PeftModel.from_pretrained(other, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(again(x), model(x))
+    assert type(again.base_model.model.block["fc"]) is torch.nn.Linear
+
+
+def test_options_that_peft_has_once_must_be_the_same(tmp_path: Path) -> None:
+    model = apply_dual_lora(llama(), configuration())
+    model.model.layers[0].self_attn.q_proj.ste = "xnor"
+    with pytest.raises(ValueError, match=r"has ste 'clip', others 'xnor'; expected the same in all layers"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_pushing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^push_to_hub: got True, expected False: upload the folder"):
+        apply_dual_lora(llama(), configuration()).save_pretrained(tmp_path, push_to_hub=True)
+
+
+def _edit(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "LORA"}, "peft_type: got 'LORA', expected 'DUAL_LORA'"),
+        ({"r1": 0}, "r1: got 0, expected"),
+        ({"rank_pattern": {"q_proj": "many"}}, "rank_pattern"),
+        ({"r1": 7}, "has shape"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tuned(llama()).save_pretrained(tmp_path)
+    _edit(tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"^folder: .*{message}"):
+        load_dual_lora(llama(), tmp_path)
+
+
+def test_trained_biases_are_not_dropped(tmp_path: Path) -> None:
+    tuned(gpt2(), bias="dual_lora_only").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"bias is no adapter's and of no module in modules_to_save"):
+        load_dual_lora(gpt2(), tmp_path)
+
+
+def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    tuned(llama()).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    state = load_file(weights)
+    state["base_model.model.model.layers.0.self_attn.q_proj.dual_adapter.A"].fill_(float("nan"))
+    save_file(state, weights)
+    with pytest.raises(ValueError, match=r"q_proj\.A: got nan, expected finite"):
+        load_dual_lora(llama(), tmp_path)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_dual_lora(llama(), tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"which has no adapter_model\.safetensors"):
+        load_dual_lora(llama(), tmp_path)
+
+
+def test_a_hub_id_is_no_folder() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'someone/adapter'.* huggingface_hub.snapshot_download returns"):
+        load_dual_lora(llama(), "someone/adapter")
