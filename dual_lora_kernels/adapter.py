@@ -14,9 +14,17 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from . import automatic_warmup
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_
-from .validation import LARGEST_SCALE, check_dtype, check_hyperparameters, check_number, check_tensor
+from .validation import (
+    LARGEST_SCALE,
+    check_dtype,
+    check_hyperparameters,
+    check_number,
+    check_positive_int,
+    check_tensor,
+)
 
 FACTOR_NAMES = ("A", "B", "C", "D")
 
@@ -71,6 +79,7 @@ class DualLoraAdapter(nn.Module):
         self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
         self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
         self.dropout = nn.Dropout(float(dropout))
+        self.warmup_steps = self.warmup_left = 0
         for name, shape in factor_shapes(in_features, out_features, r1, r2).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype)))
         self.register_buffer("scale", torch.empty((), device=device, dtype=torch.float32))
@@ -138,9 +147,24 @@ class DualLoraAdapter(nn.Module):
         """Raise ValueError where `merge_into` would because of values."""
         check_mergeable(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
 
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """A, B, C and D."""
+        return self.A, self.B, self.C, self.D
+
     def trains(self) -> bool:
         """Whether a factor requires a gradient."""
-        return any(getattr(self, name).requires_grad for name in FACTOR_NAMES)
+        return any(factor.requires_grad for factor in self.factors())
+
+    def warm_up(self, steps: int) -> None:
+        """Lower the scale, and let it rise to the full one in the next `steps` steps of the optimiser.
+
+        No call is needed: see `automatic_warmup`. `DualLoraWarmup` is for loops that would rather say it.
+        """
+        automatic_warmup.start(self, check_positive_int("steps", steps))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        automatic_warmup.register(self)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DualLoraAdapter:
         # A bf16 scale would be off by up to 0.4 %, and a warmed-up one by more than a step.

@@ -24,7 +24,11 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
         alpha: numerator of the scale alpha / √(r1·r2).
         dropout: probability of dropping elements of the adapter's input in training. It takes two products a layer.
         init_std: standard deviation of the factors at the start. There is no start at which ΔW is zero: both groups
-            would never get a gradient. Warm the scale up instead, with ``DualLoraWarmupCallback``.
+            would never get a gradient. Warm the scale up instead.
+        warmup_steps: optimiser steps in which the scale rises from near 0 to alpha / √(r1·r2), after each step of an
+            optimiser that holds the factors; 20 to 50 are usual, and without any training can collapse. 0: none, the
+            scale is full from the start. Where the optimiser holds other tensors than the factors (DeepSpeed, FSDP's
+            flat parameters), use ``DualLoraWarmupCallback``.
         init_weights: True, or False for standard normal factors: an update that is seen at once, for tests.
         ste, rounding, clip_bound: see `dual_lora_kernels.dual_lora_linear`.
         target_modules: names (a layer's or their ends), a regular expression for the whole name, or ``"all-linear"``.
@@ -48,6 +52,7 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
     alpha: float = field(default=32.0, metadata={"help": "Numerator of the scale alpha / sqrt(r1 r2)."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the factors at the start."})
+    warmup_steps: int = field(default=0, metadata={"help": "Optimiser steps in which the scale rises to the full one."})
     init_weights: bool = field(default=True, metadata={"help": "False: standard normal factors, for tests."})
     ste: str = field(default="clip", metadata={"help": "Gradient of the sign: 'clip', 'dorefa' or 'xnor'."})
     rounding: str = field(default="dither", metadata={"help": "Of W0 + dW to 16 bits: 'dither' or 'nearest'."})
@@ -84,6 +89,8 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
             r1=self.r1, r2=self.r2, alpha=self.alpha, dropout=self.dropout, init_std=self.init_std,
             ste=self.ste, clip_bound=self.clip_bound, rounding=self.rounding,
         )  # fmt: skip
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: got {self.warmup_steps!r}, expected a number of steps, 0 or more")
         check_patterns(self.rank_pattern, self.alpha_pattern)
         check_choice("bias", self.bias, _BIASES)
         for name in ("target_modules", "exclude_modules"):

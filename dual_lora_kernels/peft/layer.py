@@ -40,7 +40,9 @@ class Linear(nn.Module, DualLoraLayer):
         get_base_layer: Callable[[], nn.Linear]
         set_adapter: Callable[..., None]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, options: Mapping[str, Any], warmup_steps: int = 0
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_features(self.get_base_layer())
@@ -50,14 +52,18 @@ class Linear(nn.Module, DualLoraLayer):
         self._unmerged_weight: torch.Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, options)
+        self.update_layer(adapter_name, options, warmup_steps)
 
-    def update_layer(self, adapter_name: str, options: Mapping[str, Any], inference_mode: bool = False) -> None:
+    def update_layer(
+        self, adapter_name: str, options: Mapping[str, Any], warmup_steps: int = 0, inference_mode: bool = False
+    ) -> None:
         """Add the adapter `adapter_name`, or replace it. `options`: those of `DualLoraAdapter`, ranks to clip_bound."""
         adapter = DualLoraAdapter(
             self.in_features, self.out_features, **options, device=None, adapter_dtype=torch.float32
         )
         adapter.reset_adapter_parameters()
+        if warmup_steps > 0:
+            adapter.warm_up(warmup_steps)
         if not adapter.A.is_meta:
             adapter.to(self.get_base_layer().weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)

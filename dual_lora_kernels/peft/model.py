@@ -58,7 +58,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     ) -> None:
         options = peft_config.layer_options(current_key)
         if isinstance(target, Linear):
-            target.update_layer(adapter_name, options, inference_mode=peft_config.inference_mode)
+            target.update_layer(adapter_name, options, peft_config.warmup_steps, peft_config.inference_mode)
             return
         reason = why_not_adaptable(target)
         if reason is not None:
@@ -66,7 +66,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
                 f"Target module {target} is not supported: {reason}. {current_key!r} matches target_modules; expected "
                 "`torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones."
             )
-        layer = Linear(target, adapter_name, options)
+        layer = Linear(target, adapter_name, options, peft_config.warmup_steps)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter does not train before it is active
         self._replace_module(parent, target_name, layer.train(target.training), target)

@@ -1,0 +1,132 @@
+"""Scales that rise with the optimiser's steps, whoever calls them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from dual_lora_kernels.adapter import dual_lora_adapters
+from dual_lora_kernels.automatic_warmup import _warming
+from dual_lora_kernels.peft import DualLoraConfig
+
+X = torch.randn(3, 6)
+
+
+def net(**options: Any) -> PeftModel:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    return get_peft_model(base, DualLoraConfig(r1=2, r2=2, target_modules=["0", "1"], **{"warmup_steps": 4} | options))
+
+
+def factors_of(model: nn.Module) -> list[float]:
+    """Each adapter's scale over its full one."""
+    return [adapter.scale.item() / adapter.full_scale for _, adapter in dual_lora_adapters(model)]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(X).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def optimizer_of(model: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> torch.optim.Optimizer:
+    return kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_scale_rises_with_each_step(kind: type[torch.optim.Optimizer]) -> None:
+    model = net()
+    optimizer = optimizer_of(model, kind)
+    for expected in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0):
+        assert factors_of(model) == pytest.approx([expected] * 2)
+        step(model, optimizer)
+    assert not any(adapter in _warming for _, adapter in dual_lora_adapters(model))
+
+
+def test_without_it_the_scale_is_full_from_the_start() -> None:
+    assert factors_of(net(warmup_steps=0)) == [1.0, 1.0]
+
+
+def test_accumulated_gradients_count_once_and_other_optimisers_do_not() -> None:
+    model, other = net(), nn.Linear(6, 5)
+    optimizer, others = optimizer_of(model), optimizer_of(other)
+    model(X).sum().backward()
+    step(model, optimizer)
+    step(other, others)
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+
+
+def test_an_optimiser_for_each_group_counts_once() -> None:
+    model = net()
+    groups: dict[str, list[nn.Parameter]] = {"AB": [], "CD": []}
+    for _, adapter in dual_lora_adapters(model):
+        groups["AB"] += [adapter.A, adapter.B]
+        groups["CD"] += [adapter.C, adapter.D]
+    optimizers = [torch.optim.SGD(group, 1e-2) for group in groups.values()]
+    model(X).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model = net()
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert factors_of(again) == pytest.approx([0.5, 0.5])
+    optimizer = optimizer_of(again)
+    seen = []
+    for _ in range(4):
+        step(again, optimizer)
+        seen.append(factors_of(again)[0])
+    assert seen == pytest.approx([0.75, 1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_copies_warm_up_by_themselves(pickled: bool) -> None:
+    model = net()
+    step(model, optimizer_of(model))
+    other = pickle.loads(pickle.dumps(model)) if pickled else copy.deepcopy(model)
+    step(other, optimizer_of(other))
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+    assert factors_of(other) == pytest.approx([0.75, 0.75])
+
+
+def test_adapters_that_do_not_train_stay() -> None:
+    model = net()
+    model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0"], warmup_steps=2))
+    step(model, optimizer_of(model))
+    found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
+    assert found == pytest.approx({"default": 0.5, "other": 0.5})  # the first of 4 steps is over; of 2, it waits
+    model.set_adapter("other")
+    step(model, optimizer_of(model))
+    found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
+    assert found == pytest.approx({"default": 0.5, "other": 1.0})
+
+
+def test_what_is_gone_is_forgotten() -> None:
+    before = len(_warming)
+    model = net()
+    assert len(_warming) == before + 2
+    del model
+    import gc
+
+    gc.collect()
+    assert len(_warming) <= before
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, True])
+def test_steps_out_of_range(steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"^warmup_steps: got .*, expected a number of steps, 0 or more"):
+        DualLoraConfig(warmup_steps=steps)
