@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import timing
 from benchmarks.layers import dither_field, dither_table, gradient_operands, layer_step, methods
 from benchmarks.layers.memory import AllocationTrace, peak_temporary_bytes, replay
-from benchmarks.training import model_step
+from benchmarks.training import doors, merge_drift, model_step
 from dual_lora_kernels import available_backends, set_workspace_bytes
 
 # By an implementation of its own, before this one was written; docs/numerics.md, "Rounding", explains the columns.
@@ -206,3 +206,21 @@ def test_operands_of_the_gradients_products_err_by_their_precision(tmp_path: Pat
         for index in range(4):
             assert fp32[index] < 2.0**-8
             assert bf16[index] < e4m3[index] < e5m2[index]
+
+
+def test_merging_changes_what_lora_trained_and_not_what_dual_lora_trained(tmp_path: Path) -> None:
+    merge_drift.main(["--families", "LLaMA-2", "Mixtral", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "merge_drift.json").read_text())["results"]
+    for methods in results.values():
+        assert methods["Dual LoRA"]["other_weights"] == 0
+        assert 0.9 < methods["Dual LoRA"]["kept"] < 1.1
+        for name in ("LoRA", "DoRA"):
+            assert methods[name]["kept"] < 0.85
+            assert methods[name]["drift"] > 3 * methods["Dual LoRA"]["drift"]
+
+
+def test_doors_end_to_end(tmp_path: Path) -> None:
+    doors.main(["--hidden", "64", "--layers", "1", "--rounds", "2", "--out", str(tmp_path)])
+    seconds = json.loads((tmp_path / "cpu_doors.json").read_text())["seconds"]
+    assert set(seconds["training"]) == {"LoRA (PEFT)", "plain door", "PEFT's door"}
+    assert "a generated token" in (tmp_path / "cpu_doors.md").read_text()

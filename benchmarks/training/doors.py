@@ -21,10 +21,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from transformers.utils import logging as transformers_logging
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
-from dual_lora_kernels import DualLoraConfig, apply_dual_lora, merge_dual_lora, prepared
+from dual_lora_kernels import DualLoraConfig, apply_dual_lora, merge_dual_lora
+from dual_lora_kernels.linear import dual_lora_layers
 from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
 
 from ..harness import report
@@ -75,10 +75,12 @@ def trainings(hidden: int, layers: int, folder: str) -> dict[str, Callable[[], o
         folder, max_steps=STEPS, per_device_train_batch_size=BATCH, report_to=[], save_strategy="no",
         disable_tqdm=True, use_cpu=True, logging_strategy="no",
     )  # fmt: skip
-    return {
-        name: Trainer(adapted(name, hidden, layers), copy.deepcopy(arguments), train_dataset=data).train
-        for name in TRAINED
+    trainers = {
+        name: Trainer(adapted(name, hidden, layers), copy.deepcopy(arguments), train_dataset=data) for name in TRAINED
     }
+    for trainer in trainers.values():
+        trainer.remove_callback(PrinterCallback)
+    return {name: trainer.train for name, trainer in trainers.items()}
 
 
 def generations(hidden: int, layers: int) -> dict[str, Callable[[], object]]:
@@ -91,8 +93,9 @@ def generations(hidden: int, layers: int) -> dict[str, Callable[[], object]]:
         return lambda: model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), **options)  # type: ignore[operator]
 
     runs = {name: generate(adapted(name, hidden, layers)) for name in ("base", *TRAINED)}
-    kept = adapted("plain door", hidden, layers)
-    prepared(kept).__enter__()
+    kept = adapted("plain door", hidden, layers).eval()
+    for _, layer in dual_lora_layers(kept):
+        layer.prepare()
     runs["plain door, prepared"] = generate(kept)
     runs["merged"] = generate(merge_dual_lora(adapted("plain door", hidden, layers)))
     return runs
@@ -124,14 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
     console, about = Console(), environment(torch.device("cpu"))
     shape = options.hidden, options.layers
     cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT calls is deprecated in transformers
         trained = interleaved(trainings(*shape, folder), rounds=options.rounds, warmup=2, device=cpu, console=console)
-    generated = interleaved(generations(*shape), rounds=options.rounds, warmup=2, device=cpu, console=console)
+        generated = interleaved(generations(*shape), rounds=options.rounds, warmup=2, device=cpu, console=console)
     title = f"Doors: Llama of {shape[1]} layers, hidden {shape[0]}, fp32, r1=r2={_RANK}"
     tables = {
         f"a Trainer's step of {BATCH} × {SEQUENCE} tokens": rows(trained, STEPS),

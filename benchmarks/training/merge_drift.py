@@ -130,7 +130,7 @@ def _updates(family: Family, config: Any, adapted: nn.Module) -> dict[str, torch
 def _weight_in_use(layer: Linear) -> torch.Tensor:
     """round(W0 + ΔW), oriented like the base weight, as a call on the identity reads it."""
     adapter: DualLoraAdapter = layer.dual_adapter["default"]  # type: ignore[assignment]
-    base = layer.get_base_layer().weight
+    base = layer.base_layer.weight
     columns = adapter.adapted_linear(
         torch.eye(layer.in_features, dtype=torch.bfloat16), base.t() if layer.transposed else base, None
     )
@@ -178,11 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
     options = parser.parse_args(arguments)
     console, about = Console(), environment(torch.device("cpu"))
-    warnings.simplefilter("ignore")
-    results = {
-        name: {method: measure(FAMILIES[name], method) for method in METHODS}
-        for name in track(options.families, description="families", transient=True)
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT calls is deprecated in transformers
+        results = {
+            name: {method: measure(FAMILIES[name], method) for method in METHODS}
+            for name in track(options.families, description="families", transient=True)
+        }
     title = f"What merging into a bf16 model changes: rms of ΔW {100 * RELATIVE_RMS:g} % of the weights'"
     report.print_table(title, HEADINGS, cells(results), console)
     document = {

@@ -37,7 +37,7 @@ class Linear(nn.Module, DualLoraLayer):
         merged: bool
         disable_adapters: bool
         active_adapters: list[str]
-        get_base_layer: Callable[[], nn.Linear]
+        base_layer: Any  # nn.Linear or Conv1D
         set_adapter: Callable[..., None]
 
     def __init__(
@@ -45,8 +45,8 @@ class Linear(nn.Module, DualLoraLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_features(self.get_base_layer())
-        self.transposed = is_transposed(self.get_base_layer())
+        self.in_features, self.out_features = linear_features(self.base_layer)
+        self.transposed = is_transposed(self.base_layer)
         self.dual_adapter = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
@@ -65,7 +65,7 @@ class Linear(nn.Module, DualLoraLayer):
         if warmup_steps > 0:
             adapter.warm_up(warmup_steps)
         if not adapter.A.is_meta:
-            adapter.to(self.get_base_layer().weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
+            adapter.to(self.base_layer.weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -74,23 +74,24 @@ class Linear(nn.Module, DualLoraLayer):
         """Put an adapter where the base layer computes. Its dtype stays: in 16 bits, loaded factors would lose some."""
         (adapter,) = self._adapters([adapter_name])
         if not adapter.A.is_meta:
-            adapter.to(computing_device(self.get_base_layer()) if device is None else device)
+            adapter.to(computing_device(self.base_layer) if device is None else device)
 
     def _oriented_weight(self) -> torch.Tensor:
         """W0 [out_features, in_features]; a view."""
-        weight: torch.Tensor = self.get_base_layer().weight
+        weight: torch.Tensor = self.base_layer.weight
         return weight.t() if self.transposed else weight
 
     def _adapters(self, names: list[str]) -> list[DualLoraAdapter]:
         """Those of the named adapters that this layer has."""
-        return [self.dual_adapter[name] for name in names if name in self.dual_adapter]  # type: ignore[misc]
+        own = self.dual_adapter
+        return [own[name] for name in names if name in own]  # type: ignore[misc]
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., in_features] → [..., out_features], by the active adapters or, with ``adapter_names``, row by row."""
-        names = kwargs.pop("adapter_names", None)
+        names = kwargs.pop("adapter_names", None) if kwargs else None
         if names is not None:
             self._check_mixed_batch(input, names)
-        if self.disable_adapters and self.merged:
+        if self.merged and self.disable_adapters:
             self.unmerge()
         active = self._adapters(self.active_adapters)
         if self.merged and self.training and torch.is_grad_enabled() and any(adapter.trains() for adapter in active):
@@ -103,16 +104,16 @@ class Linear(nn.Module, DualLoraLayer):
         return self._adapted(input, active)
 
     def _adapted(self, input: torch.Tensor, adapters: list[DualLoraAdapter]) -> torch.Tensor:
-        first, *others = adapters
-        base = self.get_base_layer()
+        base = self.base_layer
 
         def compute(x: torch.Tensor) -> torch.Tensor:
-            result = first.adapted_linear(x, self._oriented_weight(), base.bias)
-            for adapter in others:
+            weight = base.weight.t() if self.transposed else base.weight
+            result = adapters[0].adapted_linear(x, weight, base.bias)
+            for adapter in adapters[1:]:
                 result = result + adapter.adapted_linear(x, None, None)
             return result
 
-        return call_within_hooks([base, *adapters], input, compute)
+        return call_within_hooks((base, *adapters), input, compute)
 
     def _check_mixed_batch(self, input: torch.Tensor, names: list[str]) -> None:
         """Raise ValueError, with PEFT's words, where a batch cannot be shared by these adapters."""
@@ -164,7 +165,7 @@ class Linear(nn.Module, DualLoraLayer):
             return
         self.check_merge(names)
         if self._unmerged_weight is None:
-            self._unmerged_weight = self.get_base_layer().weight.detach().to("cpu", copy=True)
+            self._unmerged_weight = self.base_layer.weight.detach().to("cpu", copy=True)
         self._merge_into_base(names)
 
     @torch.no_grad()
@@ -173,7 +174,7 @@ class Linear(nn.Module, DualLoraLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.copy_(self._unmerged_weight)
+        self.base_layer.weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -186,7 +187,7 @@ class Linear(nn.Module, DualLoraLayer):
             names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dual_adapter]
             self.check_merge(names)
             self._merge_into_base(names)
-        base: nn.Module = self.get_base_layer()
+        base: nn.Module = self.base_layer
         return base
 
     def _merge_into_base(self, names: list[str]) -> None:
@@ -198,7 +199,7 @@ class Linear(nn.Module, DualLoraLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
         if self._unmerged_weight is not None:
-            self._unmerged_weight = self._unmerged_weight.to(self.get_base_layer().weight.dtype)
+            self._unmerged_weight = self._unmerged_weight.to(self.base_layer.weight.dtype)
         return self
 
     def __repr__(self) -> str:
