@@ -5,8 +5,8 @@ transformers would write a state dict that ``from_pretrained`` reads as the bare
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def save_adapters_by_save_pretrained(model: nn.Module) -> None:
     """Make ``model.save_pretrained`` write the adapter, where `model` is one of transformers'."""
     model = unwrapped(model)
     if hasattr(type(model), "save_pretrained") and hasattr(model, "config"):
-        model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[assignment]
+        model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]  # a method would not pickle
         # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
         model._keys_to_ignore_on_save = model.state_dict().keys() - dual_lora_state_dict(model).keys()  # type: ignore[assignment]
 

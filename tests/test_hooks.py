@@ -96,7 +96,7 @@ def test_peft_loads_and_merges_on_an_offloaded_base(where: str, tmp_path: Path) 
     """PEFT brings each layer into memory to merge it, and keeps what it has merged."""
     trained = adapt(llama(), "peft")
     trained.save_pretrained(tmp_path / "adapter")
-    away = PeftModel.from_pretrained(offloaded("cpu", tmp_path), tmp_path / "adapter").eval()
+    away = PeftModel.from_pretrained(offloaded(where, tmp_path), tmp_path / "adapter").eval()
     assert torch.equal(logits(away), logits(trained))
     assert torch.equal(logits(away.merge_and_unload()), logits(trained.merge_and_unload()))
 

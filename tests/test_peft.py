@@ -451,6 +451,7 @@ def test_torch_compile() -> None:
 def test_the_order_of_imports_does_not_matter(first: str) -> None:
     program = f"""{first}
 assert peft.PeftType("DUAL_LORA") is peft.PeftType.DUAL_LORA and "DUAL_LORA" in list(peft.PeftType)
+assert "DUAL_LORA" in vars(peft.PeftType)  # where Python 3.12 looks for members
 assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["DUAL_LORA"] is dual_lora_kernels.peft.DualLoraConfig
 """
     subprocess.run([sys.executable, "-c", program], check=True)

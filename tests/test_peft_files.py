@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +158,14 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
 def test_a_hub_id_is_no_folder() -> None:
     with pytest.raises(FileNotFoundError, match=r"'someone/adapter'.* huggingface_hub.snapshot_download returns"):
         load_dual_lora(llama(), "someone/adapter")
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_save_their_own_adapter(copier: Any, tmp_path: Path) -> None:
+    model = apply_dual_lora(llama(), configuration(["q_proj"]))
+    other = copier(model)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.A.mul_(2.0)
+    other.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(other))
+    assert not torch.equal(logits(other), logits(model))

@@ -13,6 +13,7 @@ def _extended(name: str) -> PeftType:
         member = str.__new__(PeftType, name)
         member._name_ = name
         member._value_ = name
+        setattr(PeftType, name, member)  # Python 3.12 finds members so, 3.11 by the map
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
