@@ -51,11 +51,16 @@ def save_pretrained(
     it. For transformers' Trainer the same tensors are in model.safetensors too. `state_dict`: the model's, where its
     own tensors are sharded. The whole model: ``merge_dual_lora(model).save_pretrained``.
 
-    Raises as `save_dual_lora` does, and ValueError where layers differ in more than ranks and alpha, or for
-    `push_to_hub`.
+    Raises as `save_dual_lora` does, and ValueError where layers differ in more than ranks and alpha, for `push_to_hub`,
+    or for a folder that holds a model.
     """
     if push_to_hub:
         raise ValueError("push_to_hub: got True, expected False: upload the folder by huggingface_hub.upload_folder")
+    if (Path(save_directory) / "config.json").exists():
+        raise ValueError(
+            f"save_directory: got {str(save_directory)!r}, which holds a model, expected another folder: the adapter "
+            "would take the place of the model's weights"
+        )
     if not is_main_process:
         return
     adapter = adapter_of(model, state_dict)

@@ -130,3 +130,12 @@ def test_what_is_gone_is_forgotten() -> None:
 def test_steps_out_of_range(steps: Any) -> None:
     with pytest.raises(ValueError, match=r"^warmup_steps: got .*, expected a number of steps, 0 or more"):
         DualLoraConfig(warmup_steps=steps)
+
+
+def test_training_without_warm_up_is_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level("INFO")
+    net().save_pretrained(tmp_path)
+    PeftModel.from_pretrained(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), tmp_path)
+    assert "warm-up" not in caplog.text
+    net(warmup_steps=0)
+    assert "no warm-up: the update's scale is full from the start" in caplog.text

@@ -112,6 +112,14 @@ def test_pushing_is_refused(tmp_path: Path) -> None:
         apply_dual_lora(llama(), configuration()).save_pretrained(tmp_path, push_to_hub=True)
 
 
+def test_a_models_own_folder_is_not_overwritten(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"^save_directory: got .*, which holds a model"):
+        apply_dual_lora(llama(), configuration()).save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def _edit(folder: Path, **settings: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))

@@ -30,7 +30,15 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
-        """Resolve ``"all-linear"`` as PEFT does, without the layers that cannot be adapted; the log names those."""
+        """Resolve ``"all-linear"`` as PEFT does, without the layers that cannot be adapted; the log names those.
+
+        It also tells of an adapter that is to train without warm-up.
+        """
+        if peft_config.warmup_steps == 0 and not peft_config.inference_mode:
+            _logger.info(
+                "no warm-up: the update's scale is full from the start, and training can collapse; set warmup_steps (20 "
+                "to 50 are usual), or use DualLoraWarmupCallback"
+            )
         targets = peft_config.target_modules
         if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
             return
