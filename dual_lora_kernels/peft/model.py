@@ -36,8 +36,8 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         """
         if peft_config.warmup_steps == 0 and not peft_config.inference_mode:
             _logger.info(
-                "no warm-up: the update's scale is full from the start, and training can collapse; set warmup_steps (20 "
-                "to 50 are usual), or use DualLoraWarmupCallback"
+                "no warm-up: the update's scale is full from the start, and training can collapse; set warmup_steps "
+                "(20 to 50 are usual), or use DualLoraWarmupCallback"
             )
         targets = peft_config.target_modules
         if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
