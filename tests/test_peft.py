@@ -381,6 +381,12 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
         PeftModel.from_pretrained(other, tmp_path)
 
 
+def test_an_adapter_of_other_ranks(tmp_path: Path) -> None:
+    net(r1=5).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        net().load_adapter(str(tmp_path), "default")
+
+
 def test_hotswapping_is_refused(tmp_path: Path) -> None:
     model = net()
     model.save_pretrained(tmp_path)
