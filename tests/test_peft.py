@@ -23,6 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
@@ -385,6 +386,20 @@ def test_an_adapter_of_other_ranks(tmp_path: Path) -> None:
     net(r1=5).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         net().load_adapter(str(tmp_path), "default")
+
+
+def test_pefts_helpers() -> None:
+    model = net()
+    assert {status.module_type for status in model.get_layer_status()} == {"dual_lora.Linear"}
+    assert model.get_model_status().num_adapter_layers == 2
+    with disable_input_dtype_casting(model):
+        model(X)
+    with pytest.raises(ValueError, match="models with `LoraLayer`s"), rescale_adapter_scale(model, 0.5):
+        pass
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="cannot be set when the model is merged"):
+        model.set_adapter("default")
+    assert not model.base_model.model.first.merged
 
 
 def test_hotswapping_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Linear(nn.Module, DualLoraLayer):
         self._unmerged_weight: torch.Tensor | None = None
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self.cast_input_dtype_enabled = False  # peft.helpers sets it; inputs are never cast, whatever it says
         self.update_layer(adapter_name, options, warmup_steps)
 
     def update_layer(
