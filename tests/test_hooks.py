@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,9 +22,9 @@ from dual_lora_kernels import (
 )
 from dual_lora_kernels.adapter import dual_lora_adapters
 from dual_lora_kernels.linear import dual_lora_layers
-from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
 
 from .models import configuration, llama, logits, tokens
+from .peft_models import config
 
 OFFLOADS = ("cpu", "disk")
 
@@ -37,16 +36,10 @@ def offloaded(where: str, folder: Path) -> nn.Module:
     return disk_offload(model, str(folder / "offloaded"), execution_device="cpu")
 
 
-def peft_configuration(**options: Any) -> PeftDualLoraConfig:
-    return PeftDualLoraConfig(
-        **{"target_modules": "all-linear", "r1": 3, "r2": 2, "alpha": 1.0, "init_std": 0.3} | options
-    )
-
-
 def adapt(model: nn.Module, door: str) -> nn.Module:
     torch.manual_seed(1)
     if door == "peft":
-        return get_peft_model(model, peft_configuration())
+        return get_peft_model(model, config())
     return apply_dual_lora(model, configuration())
 
 

@@ -15,17 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora_kernels import apply_dual_lora, load_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
-from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
 
 from .models import configuration, gpt2, llama, logits
+from .peft_models import config
 from .test_modules_to_save import classifier, step
-
-OPTIONS: dict[str, Any] = {"r1": 3, "r2": 2, "alpha": 1.0, "init_std": 0.3}
 
 
 def tuned(model: Any, **options: Any) -> PeftModel:
     torch.manual_seed(1)
-    return get_peft_model(model, PeftDualLoraConfig(**{"target_modules": "all-linear"} | OPTIONS | options)).eval()
+    return get_peft_model(model, config(**options)).eval()
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -18,17 +18,12 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from dual_lora_kernels import apply_dual_lora, create_dual_lora_optimizer, load_dual_lora, merge_dual_lora
 from dual_lora_kernels.adapter import dual_lora_adapters
-from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
 from dual_lora_kernels.trainer import DualLoraWarmupCallback
 
 from .models import VOCABULARY, configuration, llama, logits, tokens
+from .peft_models import config
 
 DOORS = ("plain", "peft")
-
-
-def peft_configuration(**options: Any) -> PeftDualLoraConfig:
-    shared = {"target_modules": "all-linear", "r1": 3, "r2": 2, "alpha": 1.0, "init_std": 0.3, "task_type": "CAUSAL_LM"}
-    return PeftDualLoraConfig(**shared | options)
 
 
 @pytest.fixture
@@ -42,7 +37,7 @@ def adapted(base: Path, door: str) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
     if door == "peft":
-        return get_peft_model(model, peft_configuration())
+        return get_peft_model(model, config())
     return apply_dual_lora(model, configuration())
 
 
@@ -161,7 +156,7 @@ SHORT: dict[str, Any] = {
 def test_trls_sft_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     run = SFTTrainer(
         llama(), SFTConfig(str(tmp_path), **SHORT), train_dataset=Dataset.from_dict({"text": TEXTS}),
-        processing_class=tokenizer, peft_config=peft_configuration(), callbacks=[DualLoraWarmupCallback(2)],
+        processing_class=tokenizer, peft_config=config(), callbacks=[DualLoraWarmupCallback(2)],
     )  # fmt: skip
     run.train()
     trained = logits(run.model.eval())
@@ -174,7 +169,7 @@ def test_trls_dpo_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     pairs = {"prompt": [f"{text} " for text in TEXTS], "chosen": ["w1 w2"] * 16, "rejected": ["w3 w4"] * 16}
     run = DPOTrainer(
         llama(), args=DPOConfig(str(tmp_path), **SHORT), train_dataset=Dataset.from_dict(pairs),
-        processing_class=tokenizer, peft_config=peft_configuration(), callbacks=[DualLoraWarmupCallback(2)],
+        processing_class=tokenizer, peft_config=config(), callbacks=[DualLoraWarmupCallback(2)],
     )  # fmt: skip
     run.train()
     rewards = [entry["rewards/margins"] for entry in run.state.log_history if "rewards/margins" in entry]
