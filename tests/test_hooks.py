@@ -55,10 +55,12 @@ def test_an_offloaded_base_computes_and_trains_as_one_in_memory(where: str, door
     for (_, own), (_, other) in zip(dual_lora_adapters(here), dual_lora_adapters(away), strict=True):
         assert not other.A.is_meta
         other.load_state_dict({name: getattr(own, name) for name in (*"ABCD", "scale")}, strict=False)
-    assert torch.equal(logits(here), logits(away))
+    # Not to the bit: how a product is rounded depends on where in memory a weight lies, and some are mapped files here.
+    torch.testing.assert_close(logits(away), logits(here), rtol=1e-5, atol=1e-5)
     expected, found = gradients(here), gradients(away)
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
     assert all(p.is_meta for name, p in away.named_parameters() if "embed" in name or "q_proj.weight" in name)
 
 
@@ -90,8 +92,9 @@ def test_peft_loads_and_merges_on_an_offloaded_base(where: str, tmp_path: Path) 
     trained = adapt(llama(), "peft")
     trained.save_pretrained(tmp_path / "adapter")
     away = PeftModel.from_pretrained(offloaded(where, tmp_path), tmp_path / "adapter").eval()
-    assert torch.equal(logits(away), logits(trained))
-    assert torch.equal(logits(away.merge_and_unload()), logits(trained.merge_and_unload()))
+    torch.testing.assert_close(logits(away), logits(trained), rtol=1e-5, atol=1e-5)
+    merged, expected = away.merge_and_unload(), trained.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-5, atol=1e-5)
 
 
 def aligned(linear: nn.Linear) -> nn.Linear:
