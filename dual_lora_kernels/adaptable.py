@@ -51,6 +51,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"this {kind}'s {names} is computed by a parametrization, which replacing the layer would drop"
     if isinstance(module, DualLoraAdapter):
         return "it has a Dual LoRA adapter already"
+    if any(base.__module__.startswith("peft.") for base in type(module).__mro__):
+        return f"it is PEFT's {kind}, and adapted already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"
     if not is_transposed(module) and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):

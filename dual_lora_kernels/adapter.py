@@ -52,6 +52,8 @@ class DualLoraAdapter(nn.Module):
     C: nn.Parameter
     D: nn.Parameter
     scale: torch.Tensor
+    warmup_steps = 0
+    warmup_left = 0
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class DualLoraAdapter(nn.Module):
         self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
         self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
         self.dropout = nn.Dropout(float(dropout))
-        self.warmup_steps = self.warmup_left = 0
         for name, shape in factor_shapes(in_features, out_features, r1, r2).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype)))
         self.register_buffer("scale", torch.empty((), device=device, dtype=torch.float32))
@@ -98,7 +99,12 @@ class DualLoraAdapter(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, scale: float) -> None:
-        """Set s in place: compiled graphs and captured CUDA graphs see it. ValueError unless it is finite in fp32."""
+        """Set s in place: compiled graphs and captured CUDA graphs see it. ValueError unless it is finite in fp32.
+
+        That ends what `warm_up` began.
+        """
+        self.warmup_left = 0
+        automatic_warmup.register(self)
         self.scale.fill_(check_number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE))
 
     def adapted_linear(
@@ -155,12 +161,12 @@ class DualLoraAdapter(nn.Module):
         """Whether a factor requires a gradient."""
         return any(factor.requires_grad for factor in self.factors())
 
-    def warm_up(self, steps: int) -> None:
+    def warm_up(self, steps: int, now: bool = True) -> None:
         """Lower the scale, and let it rise to the full one in the next `steps` steps of the optimiser.
 
-        No call is needed: see `automatic_warmup`. `DualLoraWarmup` is for loops that would rather say it.
+        No call is needed: see `automatic_warmup.start`. `DualLoraWarmup` is for loops that would rather say it.
         """
-        automatic_warmup.start(self, check_positive_int("steps", steps))
+        automatic_warmup.start(self, check_positive_int("steps", steps), now)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -178,6 +184,8 @@ class DualLoraAdapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.scale.dtype != torch.float32:  # load_state_dict(assign=True) of a bf16 copy of the state
             self.scale = self.scale.to(torch.float32)
+        if prefix + "scale" in state_dict:
+            automatic_warmup.resume(self)
 
     def extra_repr(self) -> str:
         return f"r1={self.r1}, r2={self.r2}, alpha={self.alpha:g}, ste={self.ste!r}, rounding={self.rounding!r}"

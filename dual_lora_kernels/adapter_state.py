@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapter import FACTOR_NAMES, unwrapped
 from .adapter_files import Adapter, layer_config
-from .linear import dual_lora_layers
+from .linear import dual_lora_layers, layers_to
 from .validation import SUPPORTED_DTYPES, check_finite
 
 SAVED_TENSORS = (*FACTOR_NAMES, "scale")
@@ -39,11 +39,9 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     state = {
         f"{name}.{tensor}": getattr(layer, tensor).detach()
-        for name, layer in dual_lora_layers(model)
+        for name, layer in layers_to("save", model, "save_pretrained()")
         for tensor in SAVED_TENSORS
     }
-    if not state:
-        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to save")
     for name, module in saved_modules(model):
         state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
     return state

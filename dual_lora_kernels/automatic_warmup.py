@@ -16,30 +16,42 @@ if TYPE_CHECKING:
     from .adapter import DualLoraAdapter
 
 _warming: WeakSet[DualLoraAdapter] = WeakSet()
-"""Adapters whose scale has not had all its steps. Copies and unpickled ones register themselves."""
+"""Adapters whose scale is to rise. Copies and unpickled ones register themselves."""
 _is_hooked = False
 
 
-def start(adapter: DualLoraAdapter, steps: int) -> None:
+@torch.no_grad()
+def start(adapter: DualLoraAdapter, steps: int, now: bool) -> None:
     """Let the scale of `adapter` rise linearly to the full one, in as many optimiser steps.
 
-    During step t, counted from 0, it is min(1, (t + 1)/steps) of the full scale, as with `DualLoraWarmup`. An optimiser
-    counts if it holds the adapter's first trainable factor. The scale itself keeps the progress: a run that resumes
-    from a saved adapter goes on where it stopped.
+    During step t, counted from 0, it is min(1, (t + 1)/steps) of the full scale, as with `DualLoraWarmup`. A step
+    counts where its optimiser holds the adapter's first trainable factor. Unless `now`, the scale is left as it is
+    until the first such step: an adapter that never trains (TRL's copy of another as a reference, say) stays.
     """
-    adapter.warmup_steps, adapter.warmup_left = steps, steps
-    adapter.set_scale(adapter.full_scale / steps)
+    adapter.warmup_steps, adapter.warmup_left = steps, steps - 1
+    if now:
+        adapter.scale.fill_(adapter.full_scale / steps)
     register(adapter)
 
 
+def resume(adapter: DualLoraAdapter) -> None:
+    """Find out how much is left from the scale, which was loaded. One that is full, or beyond, stays."""
+    if adapter.warmup_steps > 0 and not adapter.scale.is_meta:
+        part = adapter.scale.item() / adapter.full_scale
+        adapter.warmup_left = round(adapter.warmup_steps * (1 - part)) if 0 < part < 1 else 0
+        register(adapter)
+
+
 def register(adapter: DualLoraAdapter) -> None:
-    """See `start`: of an adapter with steps left, that no optimiser is watched for yet."""
+    """Watch optimisers for an adapter with steps left; no more for one without."""
     global _is_hooked
-    if adapter.warmup_left > 0:
-        _warming.add(adapter)
-        if not _is_hooked:
-            register_optimizer_step_post_hook(_advance)
-            _is_hooked = True
+    if adapter.warmup_left == 0:
+        _warming.discard(adapter)
+        return
+    _warming.add(adapter)
+    if not _is_hooked:
+        register_optimizer_step_post_hook(_advance)
+        _is_hooked = True
 
 
 @torch.no_grad()
@@ -50,11 +62,8 @@ def _advance(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for adapter in list(_warming):
         trainable = next((factor for factor in adapter.factors() if factor.requires_grad), None)
-        if id(trainable) not in held:
-            continue
-        adapter.warmup_left -= 1
-        if adapter.warmup_left > 0:  # without reading the scale, which would wait for the device
-            adapter.scale.add_(adapter.full_scale / adapter.warmup_steps).clamp_(max=adapter.full_scale)
-        else:
-            adapter.scale.fill_(adapter.full_scale)
-            _warming.discard(adapter)
+        if id(trainable) in held:
+            adapter.warmup_left -= 1
+            # Not from the scale's present value: reading it would wait for the device.
+            adapter.scale.fill_(adapter.full_scale * (1 - adapter.warmup_left / adapter.warmup_steps))
+            register(adapter)

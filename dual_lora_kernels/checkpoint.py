@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from .adaptable import linear_features, why_not_adaptable
-from .adapter import FACTOR_NAMES, factor_shapes, unwrapped
+from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, unwrapped
 from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from .adapter_state import SAVED_TENSORS, adapter_of, check_value, dual_lora_state_dict, saved_modules
 from .config import DualLoraConfig
-from .linear import dual_lora_layers
+from .linear import dual_lora_layers, layers_to
 from .model import adapt
 from .peft_files import PEFT_CONFIG_FILE, read_peft_files
+from .targets import refuse_tied
 from .validation import check_tensor
 
 _logger = logging.getLogger("dual_lora_kernels")
@@ -96,12 +97,15 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: `folder` holds no saved adapter.
-        ValueError: the files are damaged or of another format, or do not fit the model, or hold values that
+        ValueError: the folder holds an adapter in each format; the files are damaged or of another format, or do not
+            fit the model (a module saved whole is tied to another in it, say), or hold values that
             `load_dual_lora_state_dict` refuses. Nothing has been changed then.
     """
     folder = Path(folder)
-    adapter = read_adapter(folder) if (folder / WEIGHTS_FILE).is_file() else _from_peft(folder)
+    adapter = _read(folder)
     if next(dual_lora_layers(model), None) is None:
+        if next(dual_lora_adapters(model), None) is not None:
+            layers_to("load into", model, "load_adapter()")
         chosen = _saved_layers(model, adapter.configs)
         whole = _modules_saved_whole(model, adapter.modules_to_save)
         slots = _slots_after_adapting(chosen)
@@ -118,10 +122,16 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def _from_peft(folder: Path) -> Adapter:
-    if (folder / PEFT_CONFIG_FILE).is_file():
-        return read_peft_files(folder)
-    return read_adapter(folder)  # which says what is missing
+def _read(folder: Path) -> Adapter:
+    """What is in `folder`: an adapter of `save_dual_lora`, or one in PEFT's files."""
+    if not (folder / PEFT_CONFIG_FILE).is_file():
+        return read_adapter(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(
+            f"folder: got {str(folder)!r}, which holds two adapters, in {WEIGHTS_FILE} and in PEFT's files; expected "
+            "one: remove the older"
+        )
+    return read_peft_files(folder)
 
 
 def _modules_saved_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -130,7 +140,9 @@ def _modules_saved_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn
     for name in names:
         if name not in modules:
             raise ValueError(f"folder: the saved adapter has a module {name!r}, which the model does not have")
-    return {name: modules[name] for name in names}
+    whole = {name: modules[name] for name in names}
+    refuse_tied("folder", unwrapped(model), whole)
+    return whole
 
 
 def _saved_layers(

@@ -72,6 +72,14 @@ class DualLoraConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _names(name, getattr(self, name)))
 
+    @property
+    def base_model_name_or_path(self) -> None:
+        """What ``get_peft_model`` reads first. Raises TypeError, since it takes PEFT's configurations alone."""
+        raise TypeError(
+            "peft_config: got dual_lora_kernels.DualLoraConfig, which is for apply_dual_lora; expected "
+            "dual_lora_kernels.peft.DualLoraConfig"
+        )
+
     def layer_options(self) -> dict[str, Any]:
         """The keyword arguments of `DualLoraLinear.from_linear`."""
         names = ("r1", "r2", "alpha", "dropout", "init_std", "ste", "rounding", "clip_bound", "adapter_dtype")

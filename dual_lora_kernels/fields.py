@@ -23,6 +23,7 @@ _INSTEAD = {
     "use_dora": "nothing: DoRA is another method",
     "fan_in_fan_out": "nothing: Conv1D layers are recognised",
     "lora_bias": "bias",
+    "target_parameters": "target_modules: only linear layers can be adapted",
 }
 """What stands in the place of LoraConfig's fields."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .adaptable import is_transposed, linear_features, why_not_adaptable
-from .adapter import FACTOR_NAMES, DualLoraAdapter, unwrapped
+from .adapter import FACTOR_NAMES, DualLoraAdapter, dual_lora_adapters, unwrapped
 from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_offloaded
 from .prepared import PreparedWeight, state_of
 from .validation import check_dtype, check_positive_int
@@ -47,6 +47,8 @@ class DualLoraLinear(DualLoraAdapter):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    enabled = True
+    hooked: tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -75,8 +77,7 @@ class DualLoraLinear(DualLoraAdapter):
             rounding=rounding, clip_bound=clip_bound, device=device,
             adapter_dtype=default_adapter_dtype(dtype) if adapter_dtype is None else adapter_dtype,
         )  # fmt: skip
-        self.transposed, self.enabled = False, True
-        self.hooked: tuple[nn.Module, ...] = ()
+        self.transposed = False
         self._unmerged_weight: torch.Tensor | None = None
         self._prepared: PreparedWeight | None = None
         base: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -128,7 +129,7 @@ class DualLoraLinear(DualLoraAdapter):
         return weight.t() if self.transposed else weight
 
     def _check_in_memory(self) -> None:
-        if self.weight.is_meta and self.hooked:
+        if self.weight.is_meta and (self.hooked or hasattr(self, "_hf_hook")):
             raise ValueError("weight is offloaded by accelerate, expected one in memory: load the model without")
 
     def _base(self) -> DualLoraLinear:
@@ -273,3 +274,13 @@ def dual_lora_layers(model: nn.Module) -> Iterator[tuple[str, DualLoraLinear]]:
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, DualLoraLinear):
             yield name, module
+
+
+def layers_to(verb: str, model: nn.Module, in_peft: str) -> list[tuple[str, DualLoraLinear]]:
+    """`dual_lora_layers`, at least one. ValueError otherwise, which says what to call if PEFT adapted the model."""
+    layers = list(dual_lora_layers(model))
+    if not layers:
+        is_pefts = next(dual_lora_adapters(model), None) is not None
+        expected = f"one that apply_dual_lora adapted: PEFT has {in_peft}" if is_pefts else f"some to {verb}"
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected {expected}")
+    return layers

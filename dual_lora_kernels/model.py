@@ -16,7 +16,7 @@ from .adapter import unwrapped
 from .adapter_state import mark_as_saved, saved_modules
 from .config import ALL_LINEAR, DualLoraConfig
 from .hooks import move_hook
-from .linear import DualLoraLinear, dual_lora_layers
+from .linear import DualLoraLinear, dual_lora_layers, layers_to
 from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pretrained
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
 
@@ -27,7 +27,8 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     """Replace the layers that `config` names by `DualLoraLinear` in place, freeze the rest, and return `model`.
 
     The new layers share the base weights of the layers that they replace; nothing is copied. The package's logger says
-    which layers were matched. From now on ``save_pretrained`` of a transformers model saves the adapter, as in PEFT.
+    which layers were matched. From now on ``save_pretrained`` of `model`, if it is one of transformers', and of such
+    models within it saves the adapter, as in PEFT. Give the outermost model: one around it would save its whole state.
 
     Raises:
         ValueError: `config` matches no layer, one of its names matches none, or a layer that it names cannot be
@@ -100,9 +101,7 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, DualLoraLinear):
         raise ValueError("model: got a DualLoraLinear itself, expected a model; use its to_linear()")
-    layers = list(dual_lora_layers(model))
-    if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to merge")
+    layers = layers_to("merge", model, "merge_and_unload()")
     for name, layer in layers:
         try:
             layer.check_mergeable()
@@ -133,9 +132,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     `DualLoraConfig.modules_to_save` names were trained in place, and stay as they are. A model that PEFT adapted has
     ``disable_adapter()`` itself. Raises ValueError where the model has no Dual LoRA layers.
     """
-    layers = [layer for _, layer in dual_lora_layers(model)]
-    if not layers:
-        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected some to disable")
+    layers = [layer for _, layer in layers_to("disable", model, "disable_adapter()")]
     merged = [layer for layer in layers if layer.merged]
     were_enabled = [layer.enabled for layer in layers]
     for layer in merged:
@@ -156,9 +153,11 @@ def prepared(model: nn.Module) -> Iterator[nn.Module]:
     """Within this ``with`` block, every Dual LoRA layer of `model` keeps W in memory: see `DualLoraLinear.prepare`.
 
     This is for generating text from an adapter that stays as it is: a token then takes the base model's time, at the
-    price of a second copy of the adapted weights. Layers that are merged, or prepared already, stay as they are.
+    price of a second copy of the adapted weights. Layers that are merged, or prepared already, stay as they are. Raises
+    ValueError where the model has no Dual LoRA layers.
     """
-    layers = [layer for _, layer in dual_lora_layers(model) if not (layer.merged or layer.prepared)]
+    own = layers_to("prepare", model, "merge_adapter(), which unmerge_adapter() takes back exactly")
+    layers = [layer for _, layer in own if not (layer.merged or layer.prepared)]
     try:
         for layer in layers:
             layer.prepare()

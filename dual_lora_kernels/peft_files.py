@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from .adapter_files import Adapter
 from .config import DualLoraConfig
 from .durable_files import replace_files
-from .fields import alpha_for, check_patterns, ranks_for
+from .fields import alpha_for, check_patterns
 from .targets import names_it
 
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -38,7 +38,8 @@ def read_peft_files(folder: Path) -> Adapter:
     config_file, weights_file = folder / PEFT_CONFIG_FILE, folder / PEFT_WEIGHTS_FILE
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise FileNotFoundError(f"folder: got {str(folder)!r}, which has no {file.name}")
+            old = "; save it again with safe_serialization=True" if (folder / "adapter_model.bin").is_file() else ""
+            raise FileNotFoundError(f"folder: got {str(folder)!r}, which has no {file.name}{old}")
     try:
         settings = json.loads(config_file.read_bytes())
         if settings["peft_type"] != PEFT_NAME:
@@ -66,10 +67,9 @@ def _adapter(settings: Mapping[str, Any], saved: Mapping[str, torch.Tensor]) -> 
         raise ValueError("it names no layers")
     configs = {}
     for layer in layers:
-        r1, r2 = ranks_for(layer, settings["r1"], settings["r2"], settings.get("rank_pattern"))
         configs[layer] = DualLoraConfig(
-            r1=r1,
-            r2=r2,
+            r1=len(state[f"{layer}.A"]),  # not by rank_pattern, whose keys PEFT sorts: their order decides
+            r2=len(state[f"{layer}.C"]),
             alpha=alpha_for(layer, settings["alpha"], settings.get("alpha_pattern")),
             adapter_dtype=state[f"{layer}.A"].dtype,
             **{option: settings[option] for option in _SHARED},

@@ -16,6 +16,7 @@ from torch import nn
 
 from .adapter import unwrapped
 from .adapter_state import adapter_of, dual_lora_state_dict
+from .linear import dual_lora_layers
 from .peft_files import write_peft_files
 
 TRAINER_WEIGHTS_FILE = "model.safetensors"
@@ -23,18 +24,23 @@ TRAINER_WEIGHTS_FILE = "model.safetensors"
 
 
 def save_adapters_by_save_pretrained(model: nn.Module) -> None:
-    """Make ``model.save_pretrained`` write the adapter, where `model` is one of transformers'."""
-    model = unwrapped(model)
-    if hasattr(type(model), "save_pretrained") and hasattr(model, "config"):
-        model.save_pretrained = partial(save_pretrained, model)  # type: ignore[assignment]  # a method would not pickle
-        # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
-        model._keys_to_ignore_on_save = model.state_dict().keys() - dual_lora_state_dict(model).keys()  # type: ignore[assignment]
+    """Make ``save_pretrained`` of `model`, and of transformers' models within it, write the adapter.
+
+    A model around `model` that is not given here cannot be known; it goes on to save its whole state.
+    """
+    for inner in unwrapped(model).modules():
+        if hasattr(type(inner), "save_pretrained") and hasattr(inner, "config") and any(dual_lora_layers(inner)):
+            inner.save_pretrained = partial(save_pretrained, inner)  # type: ignore[assignment]  # a method would not pickle
+            # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
+            base = inner.state_dict().keys() - dual_lora_state_dict(inner).keys()
+            inner._keys_to_ignore_on_save = base  # type: ignore[assignment]
 
 
 def save_models_by_save_pretrained(model: nn.Module) -> None:
     """Undo `save_adapters_by_save_pretrained`."""
-    for name in ("save_pretrained", "_keys_to_ignore_on_save"):
-        vars(unwrapped(model)).pop(name, None)
+    for inner in unwrapped(model).modules():
+        if isinstance(vars(inner).get("save_pretrained"), partial):
+            del inner.save_pretrained, inner._keys_to_ignore_on_save
 
 
 def save_pretrained(

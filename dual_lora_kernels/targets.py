@@ -70,7 +70,11 @@ def find_targets(
 
 
 def find_whole(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The modules of `DualLoraConfig.modules_to_save`, by full name. Raises ValueError if a name matches none."""
+    """The modules of `DualLoraConfig.modules_to_save`, by full name.
+
+    Raises ValueError if a name matches none, or a module whose weight is tied to another's: it would train both, and
+    the adapter's file would not say so.
+    """
     if names is None:
         return _new_head(model)
     modules = {name: module for name, module in model.named_modules() if name}
@@ -78,7 +82,20 @@ def find_whole(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Mo
     missing = [target for target, hits in found.items() if not hits]
     if missing:
         raise ValueError(f"modules_to_save: got {missing}, expected names of modules in {type(model).__name__}")
-    return {name: modules[name] for hits in found.values() for name in hits}
+    whole = {name: modules[name] for hits in found.values() for name in hits}
+    refuse_tied("modules_to_save", model, whole)
+    return whole
+
+
+def refuse_tied(argument: str, model: nn.Module, whole: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a module that is to be trained whole shares a parameter with another module."""
+    shared = shared_weights(model)
+    for name, module in whole.items():
+        if any(id(parameter) in shared for parameter in module.parameters()):
+            raise ValueError(
+                f"{argument}: {name!r} has a weight that is tied to another module's; expected one of its own: load "
+                "the model with tie_word_embeddings=False, or use PEFT, which trains a copy"
+            )
 
 
 def _new_head(model: nn.Module) -> dict[str, nn.Module]:

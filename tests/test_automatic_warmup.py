@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from dual_lora_kernels import DualLoraLinear
 from dual_lora_kernels.adapter import dual_lora_adapters
 from dual_lora_kernels.automatic_warmup import _warming
 from dual_lora_kernels.peft import DualLoraConfig
@@ -105,14 +106,14 @@ def test_copies_warm_up_by_themselves(pickled: bool) -> None:
 
 def test_adapters_that_do_not_train_stay() -> None:
     model = net()
-    model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0"], warmup_steps=2))
+    model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0"], warmup_steps=4))
     step(model, optimizer_of(model))
     found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
-    assert found == pytest.approx({"default": 0.5, "other": 0.5})  # the first of 4 steps is over; of 2, it waits
+    assert found == pytest.approx({"default": 0.5, "other": 1.0})  # full until it trains
     model.set_adapter("other")
     step(model, optimizer_of(model))
     found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
-    assert found == pytest.approx({"default": 0.5, "other": 1.0})
+    assert found == pytest.approx({"default": 0.5, "other": 0.5})
 
 
 def test_what_is_gone_is_forgotten() -> None:
@@ -139,3 +140,50 @@ def test_training_without_warm_up_is_told(caplog: pytest.LogCaptureFixture, tmp_
     assert "warm-up" not in caplog.text
     net(warmup_steps=0)
     assert "no warm-up: the update's scale is full from the start" in caplog.text
+
+
+def test_an_adapter_that_never_trains_keeps_its_scale() -> None:
+    """TRL adds a reference from the same configuration, and copies the parameters of the trained adapter into it."""
+    model = net()
+    model.add_adapter("ref", model.peft_config["default"])
+    optimizer = optimizer_of(model)
+    for _ in range(6):
+        step(model, optimizer)
+    found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
+    assert found == pytest.approx({"default": 1.0, "ref": 1.0})
+
+
+def test_an_earlier_checkpoint_warms_up_again(tmp_path: Path) -> None:
+    model = net()
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    model.save_pretrained(tmp_path)
+    for _ in range(6):
+        step(model, optimizer)
+    model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+    optimizer = optimizer_of(model)
+    for expected in (0.75, 1.0, 1.0):
+        step(model, optimizer)
+        assert factors_of(model) == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_scale_that_was_set_stays(saved: bool, tmp_path: Path) -> None:
+    model = net()
+    for _, adapter in dual_lora_adapters(model):
+        adapter.set_scale(2 * adapter.full_scale)
+    if saved:
+        model.save_pretrained(tmp_path)
+        model = net()
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    step(model, optimizer_of(model))
+    assert factors_of(model) == pytest.approx([2.0, 2.0])
+
+
+def test_states_from_before_there_was_a_warm_up_are_read() -> None:
+    adapter = DualLoraLinear(3, 2)
+    state = {key: value for key, value in vars(adapter).items() if "warmup" not in key}
+    other = DualLoraLinear.__new__(DualLoraLinear)
+    other.__setstate__(state)
+    assert torch.equal(other(torch.ones(1, 3)), adapter(torch.ones(1, 3)))

@@ -97,6 +97,12 @@ def test_peft_loads_and_merges_on_an_offloaded_base(where: str, tmp_path: Path) 
     torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_that_was_offloaded_after_adapting_cannot_be_merged() -> None:
+    away = cpu_offload(adapt(llama(), "plain"), execution_device="cpu")
+    with pytest.raises(ValueError, match="weight is offloaded by accelerate, expected one in memory"):
+        merge_dual_lora(away)
+
+
 def aligned(linear: nn.Linear) -> nn.Linear:
     """As accelerate hooks the layers of a model that is spread over several devices."""
     return add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu", io_same_device=True))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForSequenceClassification
 
@@ -21,6 +22,7 @@ from dual_lora_kernels import (
 )
 
 from .models import configuration, gpt2, llama, logits, tokens
+from .peft_models import config
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -126,3 +128,14 @@ def test_an_adapter_with_a_module_that_the_model_lacks(tmp_path: Path) -> None:
     other.head, other.lm_head = other.lm_head, None
     with pytest.raises(ValueError, match="a module 'lm_head', which the model does not have"):
         load_dual_lora(other, tmp_path)
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_modules_are_refused(names: list[str], tmp_path: Path) -> None:
+    """The plain door would train both, PEFT trains a copy: their files would mean different things."""
+    with pytest.raises(ValueError, match=r"^modules_to_save: '.*' has a weight that is tied to another module's"):
+        apply_dual_lora(llama(tied=True), configuration(modules_to_save=names))
+    tuned = get_peft_model(llama(tied=True), config(["q_proj"], modules_to_save=names))
+    tuned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^folder: '.*' has a weight that is tied to another module's"):
+        load_dual_lora(llama(tied=True), tmp_path)

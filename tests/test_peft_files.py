@@ -12,8 +12,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from dual_lora_kernels import apply_dual_lora, load_dual_lora
+from dual_lora_kernels import apply_dual_lora, load_dual_lora, merge_dual_lora, save_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
 
 from .models import configuration, gpt2, llama, logits
@@ -127,9 +128,8 @@ def _edit(folder: Path, **settings: Any) -> None:
     ("settings", "message"),
     [
         ({"peft_type": "LORA"}, "peft_type: got 'LORA', expected 'DUAL_LORA'"),
-        ({"r1": 0}, "r1: got 0, expected"),
+        ({"alpha": 0}, "alpha: got 0, expected"),
         ({"rank_pattern": {"q_proj": "many"}}, "rank_pattern"),
-        ({"r1": 7}, "has shape"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -175,3 +175,35 @@ def test_copies_of_a_model_save_their_own_adapter(copier: Any, tmp_path: Path) -
     other.save_pretrained(tmp_path)
     assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(other))
     assert not torch.equal(logits(other), logits(model))
+
+
+def test_a_folder_with_an_adapter_in_each_format_is_refused(tmp_path: Path) -> None:
+    model = apply_dual_lora(llama(), configuration())
+    save_dual_lora(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^folder: .* which holds two adapters.*remove the older"):
+        load_dual_lora(llama(), tmp_path)
+
+
+def test_models_within_the_one_that_was_adapted_save_the_adapter_too(tmp_path: Path) -> None:
+    container = nn.ModuleDict({"language": llama(), "other": llama()})
+    apply_dual_lora(container, configuration(r"language\..*q_proj"))
+    container["language"].save_pretrained(tmp_path / "language")
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path / "language")), logits(container["language"]))
+    container["other"].save_pretrained(tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").exists()
+    merge_dual_lora(container)["language"].save_pretrained(tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").exists()
+
+
+def test_patterns_whose_order_pefts_json_loses(tmp_path: Path) -> None:
+    """The first key that fits decides; ``.*q_proj`` fits all that ``layers.0.self_attn.q_proj`` does."""
+    model = tuned(llama(), rank_pattern={"layers.0.self_attn.q_proj": (4, 5), ".*q_proj": 2})
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path)), logits(model))
+
+
+def test_pefts_older_file_is_named(tmp_path: Path) -> None:
+    tuned(llama()).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors; save it again"):
+        load_dual_lora(llama(), tmp_path)

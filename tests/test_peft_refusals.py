@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch import nn
 
-from dual_lora_kernels import apply_dual_lora
+from dual_lora_kernels import DualLoraConfig as PlainDualLoraConfig
+from dual_lora_kernels import apply_dual_lora, disable_adapter, merge_dual_lora, prepared, save_dual_lora
 from dual_lora_kernels.adapter import DualLoraAdapter
 from dual_lora_kernels.peft import DualLoraConfig
 
@@ -129,3 +130,24 @@ def test_the_plain_door_names_the_other_one() -> None:
 def test_the_layers_repr_names_the_method() -> None:
     assert repr(net().base_model.model.first).startswith("dual_lora.Linear(")
     assert isinstance(net().base_model.model.first.dual_adapter["default"], DualLoraAdapter)
+
+
+def test_the_two_configurations_are_not_taken_for_each_other() -> None:
+    with pytest.raises(TypeError, match=r"^peft_config: got dual_lora_kernels\.DualLoraConfig, which is for"):
+        get_peft_model(Net(), PlainDualLoraConfig())
+
+
+def test_each_door_says_what_the_other_one_is_called() -> None:
+    model = net()
+    verbs: list[tuple[Any, str]] = [
+        (merge_dual_lora, r"PEFT has merge_and_unload\(\)"),
+        (lambda model: save_dual_lora(model, "nowhere"), r"PEFT has save_pretrained\(\)"),
+        (lambda model: disable_adapter(model).__enter__(), r"PEFT has disable_adapter\(\)"),
+        (lambda model: prepared(model).__enter__(), r"PEFT has merge_adapter\(\)"),
+    ]
+    for verb, message in verbs:
+        with pytest.raises(ValueError, match=message):
+            verb(model)
+    plain = apply_dual_lora(Net(), configuration(["first"]))
+    with pytest.raises(ValueError, match="with layers of apply_dual_lora, expected one without"):
+        get_peft_model(plain, DualLoraConfig(target_modules=["second"]))

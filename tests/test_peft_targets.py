@@ -96,3 +96,7 @@ def test_bias_options() -> None:
 def test_injecting_into_a_model() -> None:
     model = inject_adapter_in_model(DualLoraConfig(target_modules=["first"], **SMALL), Net())
     assert isinstance(model.first, DualLoraLayer)
+
+
+def test_the_first_layer_counts() -> None:
+    assert len(layers(adapted(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers"))) == 1

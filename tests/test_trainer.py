@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,21 @@ def test_trls_dpo_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     assert rewards[-1] > rewards[0]
     with run.model.disable_adapter():
         assert_same(run.model, logits(llama()))
+
+
+def test_trls_reference_of_a_trained_adapter(tokenizer: PreTrainedTokenizerFast, base: Path, tmp_path: Path) -> None:
+    """It is a second adapter, a copy of the trained one: at the start, both give the same logits, and a loss of ln 2."""
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config(warmup_steps=3))
+    trainer(model, tmp_path / "trained").train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", is_trainable=True
+    )
+    pairs = {"prompt": [f"{text} " for text in TEXTS], "chosen": ["w1 w2"] * 16, "rejected": ["w3 w4"] * 16}
+    run = DPOTrainer(
+        again, args=DPOConfig(str(tmp_path / "dpo"), **SHORT), train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    run.train()
+    assert float(run.state.log_history[0]["loss"]) == pytest.approx(math.log(2), abs=1e-5)

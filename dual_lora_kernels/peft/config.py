@@ -100,7 +100,7 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
     def layer_options(self, name: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Linear(nn.Module, DualLoraLayer):
         )
         adapter.reset_adapter_parameters()
         if warmup_steps > 0:
-            adapter.warm_up(warmup_steps)
+            adapter.warm_up(warmup_steps, now=adapter_name in self.active_adapters)
         if not adapter.A.is_meta:
             adapter.to(self.base_layer.weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)

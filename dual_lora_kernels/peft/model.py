@@ -14,6 +14,7 @@ from torch import nn
 
 from ..adaptable import why_not_adaptable
 from ..config import ALL_LINEAR
+from ..linear import dual_lora_layers
 from ..peft_files import PEFT_PREFIX
 from ..targets import report_stacked_experts, why_not_suited
 from .config import DualLoraConfig
@@ -34,6 +35,11 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
 
         It also tells of an adapter that is to train without warm-up.
         """
+        if next(dual_lora_layers(model), None) is not None:
+            raise ValueError(
+                f"model: got {type(model).__name__} with layers of apply_dual_lora, expected one without: call "
+                "merge_dual_lora first"
+            )
         if peft_config.warmup_steps == 0 and not peft_config.inference_mode:
             _logger.info(
                 "no warm-up: the update's scale is full from the start, and training can collapse; set warmup_steps "
