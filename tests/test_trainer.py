@@ -180,7 +180,7 @@ def test_trls_dpo_trainer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
 
 
 def test_trls_reference_of_a_trained_adapter(tokenizer: PreTrainedTokenizerFast, base: Path, tmp_path: Path) -> None:
-    """It is a second adapter, a copy of the trained one: at the start both give the same logits, and the loss is ln 2."""
+    """It is a second adapter, a copy of the trained one. At the start both give the same logits: the loss is ln 2."""
     torch.manual_seed(1)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config(warmup_steps=3))
     trainer(model, tmp_path / "trained").train()
