@@ -54,6 +54,7 @@ class DualLoraAdapter(nn.Module):
     scale: torch.Tensor
     warmup_steps = 0
     warmup_left = 0
+    warmup_waits = False
 
     def __init__(
         self,

@@ -58,8 +58,13 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     for name, tensor in state.items():
         check_value("model", name, tensor, tensor.dtype)
     configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    return Adapter(configs, contiguous, tuple(name for name, _ in saved_modules(model)))
+    # A module that is saved whole can have one tensor under two names.
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        own = tensor.contiguous()
+        state[name] = own.clone() if own.data_ptr() in seen else own
+        seen.add(own.data_ptr())
+    return Adapter(configs, state, tuple(name for name, _ in saved_modules(model)))
 
 
 def check_value(argument: str, name: str, value: torch.Tensor, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Warm-up of adapters' scales that needs no call from the training loop: optimisers' steps are seen by PyTorch's hook.
+"""Warm-up of adapters' scales that needs no call from the training loop: optimisers' steps are seen by PyTorch's hooks.
 
 `DualLoraWarmup` is for loops, `DualLoraWarmupCallback` for transformers' Trainer; this is for adapters of PEFT's, whose
 users change a configuration and nothing else.
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from .adapter import DualLoraAdapter
 
 _warming: WeakSet[DualLoraAdapter] = WeakSet()
 """Adapters whose scale is to rise. Copies and unpickled ones register themselves."""
+_stepping: list[torch.optim.Optimizer] = []
+"""Optimisers within a step: one that wraps another holds the same factors, and both steps are one."""
 _is_hooked = False
 
 
@@ -28,7 +30,7 @@ def start(adapter: DualLoraAdapter, steps: int, now: bool) -> None:
     counts where its optimiser holds the adapter's first trainable factor. Unless `now`, the scale is left as it is
     until the first such step: an adapter that never trains (TRL's copy of another as a reference, say) stays.
     """
-    adapter.warmup_steps, adapter.warmup_left = steps, steps - 1
+    adapter.warmup_steps, adapter.warmup_left, adapter.warmup_waits = steps, steps - 1, not now
     if now:
         adapter.scale.fill_(adapter.full_scale / steps)
     register(adapter)
@@ -39,6 +41,7 @@ def resume(adapter: DualLoraAdapter) -> None:
     if adapter.warmup_steps > 0 and not adapter.scale.is_meta:
         part = adapter.scale.item() / adapter.full_scale
         adapter.warmup_left = round(adapter.warmup_steps * (1 - part)) if 0 < part < 1 else 0
+        adapter.warmup_waits = False
         register(adapter)
 
 
@@ -50,20 +53,46 @@ def register(adapter: DualLoraAdapter) -> None:
         return
     _warming.add(adapter)
     if not _is_hooked:
-        register_optimizer_step_post_hook(_advance)
+        register_optimizer_step_pre_hook(_enter)
+        register_optimizer_step_post_hook(_leave)
         _is_hooked = True
 
 
-@torch.no_grad()
-def _advance(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _enter(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step of any optimiser."""
+    _forget(optimizer)  # its last step raised
+    _stepping.append(optimizer)
+
+
+def _leave(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After a step of any optimiser."""
-    if not _warming:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    _forget(optimizer)
+    if _warming:
+        around = {id(parameter) for outer in _stepping for parameter in _parameters(outer)}
+        _advance({id(parameter) for parameter in _parameters(optimizer)} - around)
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    """Leave `optimizer`'s step, and those that began within it."""
+    depth = next((depth for depth, other in enumerate(_stepping) if other is optimizer), len(_stepping))
+    del _stepping[depth:]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@torch.no_grad()
+def _advance(stepped: set[int]) -> None:
+    """One step more for the adapters whose first trainable factor has `stepped`, by identity."""
     for adapter in list(_warming):
         trainable = next((factor for factor in adapter.factors() if factor.requires_grad), None)
-        if id(trainable) in held:
+        if id(trainable) in stepped:
             adapter.warmup_left -= 1
-            # Not from the scale's present value: reading it would wait for the device.
-            adapter.scale.fill_(adapter.full_scale * (1 - adapter.warmup_left / adapter.warmup_steps))
+            scale = adapter.full_scale * (1 - adapter.warmup_left / adapter.warmup_steps)
+            if adapter.warmup_waits:
+                adapter.scale.fill_(scale)
+                adapter.warmup_waits = False
+            else:  # never lower: a copy's scale can be ahead of its count. And without reading it from the device
+                adapter.scale.clamp_(min=scale)
             register(adapter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from . import automatic_warmup
 from .adaptable import linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, unwrapped
 from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
@@ -67,13 +69,17 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
 
     Raises:
         ValueError: `model` has no Dual LoRA layers, or a factor or scale is not finite or has no values (on the meta
-            device).
+            device); `folder` holds an adapter in PEFT's files, from which it could not be told.
         OSError: `folder` is a file, or cannot be written (permissions, a full disk).
 
     What was saved before is still there, unchanged, after an error; or the new adapter is, whole, where only its JSON
     file or the last flush failed.
     """
     folder = Path(folder)
+    if os.path.exists(folder / PEFT_CONFIG_FILE):  # False too where that cannot be known
+        raise ValueError(
+            f"folder: got {str(folder)!r}, which holds an adapter in PEFT's files, expected another folder"
+        )
     adapter = adapter_of(model)
     saved = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
     saved |= {id(parameter) for _, module in saved_modules(model) for parameter in module.parameters()}
@@ -216,6 +222,7 @@ def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     for name, layer in dual_lora_layers(model):
         for tensor in SAVED_TENSORS:
             _put(layer, tensor, state[f"{name}.{tensor}"], "cpu" if layer.weight.is_meta else layer.weight.device)
+        automatic_warmup.resume(layer)
     for name, module in saved_modules(model):
         for key in module.state_dict():
             owner, _, last = key.rpartition(".")

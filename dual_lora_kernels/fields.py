@@ -23,6 +23,11 @@ _INSTEAD = {
     "use_dora": "nothing: DoRA is another method",
     "fan_in_fan_out": "nothing: Conv1D layers are recognised",
     "lora_bias": "bias",
+    "warmup_steps": "DualLoraWarmup(model, steps), or DualLoraWarmupCallback(steps) in a Trainer",
+    **dict.fromkeys(
+        ("bias", "task_type", "layers_to_transform", "rank_pattern", "alpha_pattern", "inference_mode"),
+        "nothing: dual_lora_kernels.peft.DualLoraConfig has it",
+    ),
     "target_parameters": "target_modules: only linear layers can be adapted",
 }
 """What stands in the place of LoraConfig's fields."""

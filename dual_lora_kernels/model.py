@@ -33,7 +33,7 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     Raises:
         ValueError: `config` matches no layer, one of its names matches none, or a layer that it names cannot be
             adapted; the model already has layers of Dual LoRA or PEFT, has parameters without a shape, or is a linear
-            layer itself. Nothing has been changed then.
+            layer itself; a module to be trained whole is tied to another. Nothing has been changed then.
         TypeError: `config` is no `DualLoraConfig` of this package's (PEFT's are for ``get_peft_model``).
     """
     if not isinstance(config, DualLoraConfig):

@@ -127,6 +127,6 @@ def _settings(configs: Mapping[str, DualLoraConfig]) -> dict[str, Any]:
         "alpha": alpha,
         **{option: getattr(first, option) for option in _SHARED},
         "target_modules": "|".join(re.escape(name) for name in sorted(configs)),  # names could match the ends of others
-        "rank_pattern": {re.escape(n): [c.r1, c.r2] for n, c in configs.items() if (c.r1, c.r2) != (r1, r2)},
-        "alpha_pattern": {re.escape(n): c.alpha for n, c in configs.items() if c.alpha != alpha},
+        "rank_pattern": {f"^{re.escape(n)}": [c.r1, c.r2] for n, c in configs.items() if (c.r1, c.r2) != (r1, r2)},
+        "alpha_pattern": {f"^{re.escape(n)}": c.alpha for n, c in configs.items() if c.alpha != alpha},
     }

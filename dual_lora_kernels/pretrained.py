@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .adapter import unwrapped
+from .adapter_files import WEIGHTS_FILE
 from .adapter_state import adapter_of, dual_lora_state_dict
 from .linear import dual_lora_layers
 from .peft_files import write_peft_files
@@ -49,7 +50,7 @@ def save_pretrained(
     is_main_process: bool = True,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     push_to_hub: bool = False,
-    **_: Any,
+    **options: Any,
 ) -> None:
     """Write the adapter of `model` into a folder, in PEFT's format: adapter_config.json, adapter_model.safetensors.
 
@@ -58,15 +59,21 @@ def save_pretrained(
     own tensors are sharded. The whole model: ``merge_dual_lora(model).save_pretrained``.
 
     Raises as `save_dual_lora` does, and ValueError where layers differ in more than ranks and alpha, for `push_to_hub`,
-    or for a folder that holds a model.
+    or for a folder that holds a model or an adapter of `save_dual_lora`'s.
     """
+    if not any(dual_lora_layers(model)):  # a part of it has been merged by itself
+        for attribute in ("save_pretrained", "_keys_to_ignore_on_save"):
+            vars(model).pop(attribute, None)
+        whole: Any = model
+        whole.save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, **options)
+        return
     if push_to_hub:
         raise ValueError("push_to_hub: got True, expected False: upload the folder by huggingface_hub.upload_folder")
-    if (Path(save_directory) / "config.json").exists():
-        raise ValueError(
-            f"save_directory: got {str(save_directory)!r}, which holds a model, expected another folder: the adapter "
-            "would take the place of the model's weights"
-        )
+    for file, holds in (("config.json", "a model"), (WEIGHTS_FILE, "an adapter of save_dual_lora's")):
+        if (Path(save_directory) / file).exists():
+            raise ValueError(
+                f"save_directory: got {str(save_directory)!r}, which holds {holds}, expected another folder"
+            )
     if not is_main_process:
         return
     adapter = adapter_of(model, state_dict)

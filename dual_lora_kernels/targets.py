@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -88,32 +88,63 @@ def find_whole(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Mo
 
 
 def refuse_tied(argument: str, model: nn.Module, whole: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a module that is to be trained whole shares a parameter with another module."""
-    shared = shared_weights(model)
+    """Raise ValueError if a module that is to be trained whole shares a parameter with one outside of it."""
     for name, module in whole.items():
-        if any(id(parameter) in shared for parameter in module.parameters()):
+        if _is_tied(model, module):
             raise ValueError(
                 f"{argument}: {name!r} has a weight that is tied to another module's; expected one of its own: load "
                 "the model with tie_word_embeddings=False, or use PEFT, which trains a copy"
             )
 
 
+def _is_tied(model: nn.Module, module: nn.Module) -> bool:
+    """Whether `module` shares a parameter, or its memory, with a module of `model` outside of it."""
+    outside = [
+        tensor
+        for other in _without(model, module)
+        for tensor in (*other._parameters.values(), *other._buffers.values())
+        if tensor is not None
+    ]
+    identities = {id(tensor) for tensor in outside}
+    ranges = [_memory(tensor) for tensor in outside if _is_addressed(tensor)]
+    for parameter in module.parameters():
+        if id(parameter) in identities:
+            return True
+        if _is_addressed(parameter):
+            device, start, end = _memory(parameter)
+            if any(other == device and start < its_end and its_start < end for other, its_start, its_end in ranges):
+                return True
+    return False
+
+
+def _without(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model` that can be reached past `module`; parts of it, too, that another module has as well."""
+    if model is not module:
+        yield model
+        for child in model.children():
+            yield from _without(child, module)
+
+
 def _new_head(model: nn.Module) -> dict[str, nn.Module]:
     """What transformers puts on a backbone to classify and the like: usually new, so it is no use frozen.
 
-    A language model's head is an output embedding, and not new.
+    A language model's head is an output embedding, and not new. Parts that are tied to others (detection models share
+    their heads among layers) stay frozen; the log names them.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     prefix = getattr(model, "base_model_prefix", None)
     if not isinstance(prefix, str) or output is not None:
         return {}
     backbone = model._modules.get(prefix)
-    return {
+    heads = {
         name: child
         for name, child in model.named_children()
-        if (name in _HEADS if backbone is None else child is not backbone)
-        and next(child.parameters(), None) is not None
+        if (name in _HEADS if backbone is None else child is not backbone) and any(True for _ in child.parameters())
     }
+    tied = [name for name, head in heads.items() if _is_tied(model, head)]
+    if tied:
+        _logger.warning("not trained: %s, whose weights are tied to other modules'", ", ".join(tied))
+    return {name: head for name, head in heads.items() if name not in tied}
 
 
 def _refuse_peft(model: nn.Module) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from dual_lora_kernels import DualLoraLinear
+from dual_lora_kernels import DualLoraConfig as PlainConfig
+from dual_lora_kernels import DualLoraLinear, apply_dual_lora, load_dual_lora, save_dual_lora
 from dual_lora_kernels.adapter import dual_lora_adapters
 from dual_lora_kernels.automatic_warmup import _warming
 from dual_lora_kernels.peft import DualLoraConfig
@@ -23,7 +25,8 @@ X = torch.randn(3, 6)
 def net(**options: Any) -> PeftModel:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    return get_peft_model(base, DualLoraConfig(r1=2, r2=2, target_modules=["0", "1"], **{"warmup_steps": 4} | options))
+    shared = {"r1": 2, "r2": 2, "target_modules": ["0", "1"], "warmup_steps": 4}
+    return get_peft_model(base, DualLoraConfig(**shared | options))
 
 
 def factors_of(model: nn.Module) -> list[float]:
@@ -143,14 +146,13 @@ def test_training_without_warm_up_is_told(caplog: pytest.LogCaptureFixture, tmp_
 
 
 def test_an_adapter_that_never_trains_keeps_its_scale() -> None:
-    """TRL adds a reference from the same configuration, and copies the parameters of the trained adapter into it."""
     model = net()
-    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0", "1"], warmup_steps=4))
     optimizer = optimizer_of(model)
     for _ in range(6):
         step(model, optimizer)
     found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
-    assert found == pytest.approx({"default": 1.0, "ref": 1.0})
+    assert found == pytest.approx({"default": 1.0, "other": 1.0})
 
 
 def test_an_earlier_checkpoint_warms_up_again(tmp_path: Path) -> None:
@@ -187,3 +189,78 @@ def test_states_from_before_there_was_a_warm_up_are_read() -> None:
     other = DualLoraLinear.__new__(DualLoraLinear)
     other.__setstate__(state)
     assert torch.equal(other(torch.ones(1, 3)), adapter(torch.ones(1, 3)))
+
+
+class Around(torch.optim.Optimizer):
+    """Steps another optimiser, as ZeRO's and Lookahead's do."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimiser_within_another_counts_once() -> None:
+    model = net()
+    optimizer = Around(optimizer_of(model))
+    step(model, optimizer)
+    step(model, optimizer)
+    assert factors_of(model) == pytest.approx([0.75, 0.75])
+
+
+def test_a_step_that_raised_is_not_for_ever() -> None:
+    model = net()
+    optimizer = optimizer_of(model)
+
+    def fail() -> float:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(fail)
+    step(model, optimizer)
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+
+
+def test_an_average_that_is_ahead_of_its_count_is_not_lowered() -> None:
+    model = net()
+    averaged = AveragedModel(model, use_buffers=True)
+    optimizer = optimizer_of(model)
+    for _ in range(6):
+        step(model, optimizer)
+    for (_, own), (_, other) in zip(dual_lora_adapters(model), dual_lora_adapters(averaged), strict=True):
+        other.scale.copy_(own.scale)
+    step(averaged.module, optimizer_of(averaged.module))
+    assert factors_of(averaged) == pytest.approx([1.0, 1.0])
+
+
+def test_the_plain_door_goes_on_from_a_loaded_scale(tmp_path: Path) -> None:
+    model = apply_dual_lora(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), PlainConfig(r1=2, r2=2))
+    save_dual_lora(model, tmp_path)
+    for _, layer in dual_lora_adapters(model):
+        layer.warm_up(4)
+    load_dual_lora(model, tmp_path)
+    step(model, optimizer_of(model))
+    assert factors_of(model) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5])
+def test_an_adapter_from_the_same_configuration_takes_the_scale(scale: float) -> None:
+    """TRL makes the reference so, of an adapter that is warming up as well."""
+    model = net()
+    for _ in range(round(scale * 4) - 1):
+        step(model, optimizer_of(model))
+    model.add_adapter("ref", model.peft_config["default"])
+    assert factors_of(model) == pytest.approx([scale] * 4)
+    step(model, optimizer_of(model))
+    found = {name.rpartition(".")[2]: a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model)}
+    assert found == pytest.approx({"default": scale + 0.25, "ref": scale})
+
+
+def test_an_inactive_adapter_has_one_scale_on_all_layers() -> None:
+    """Also on layers that it is the first to adapt."""
+    model = net(target_modules=["0"])
+    model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0", "1"], warmup_steps=4))
+    found = [a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model) if name.endswith("other")]
+    assert found == [1.0, 1.0]

@@ -139,3 +139,44 @@ def test_tied_modules_are_refused(names: list[str], tmp_path: Path) -> None:
     tuned.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"^folder: '.*' has a weight that is tied to another module's"):
         load_dual_lora(llama(tied=True), tmp_path)
+
+
+class SharedHeads(nn.Module):
+    """A backbone with two new heads on it; as in detection models, parts of one are shared."""
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, *, outside: bool) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(8, 8))
+        self.boxes = nn.ModuleList([nn.Linear(8, 4)])
+        self.boxes.append(self.boxes[0])
+        self.classes = nn.Linear(8, 3)
+        if outside:
+            self.backbone.register_module("boxes", self.boxes[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.backbone[0](x)
+        return torch.cat([self.boxes[0](x), self.boxes[1](x), self.classes(x)], 1)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_heads_with_shared_parts(outside: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Within a head, parts may be shared; a head that shares with the backbone stays frozen, and the log says so."""
+    caplog.set_level(logging.WARNING)
+    torch.manual_seed(0)
+    base = SharedHeads(outside=outside)
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = apply_dual_lora(base, configuration(["backbone.0"]))
+    assert ("not trained: boxes, whose weights are tied" in caplog.text) == outside
+    assert model.classes.weight.requires_grad
+    assert model.boxes[0].weight.requires_grad != outside
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    save_dual_lora(model, tmp_path)
+    other = SharedHeads(outside=outside)
+    other.load_state_dict(state)
+    x = torch.randn(3, 8)
+    assert torch.equal(load_dual_lora(other, tmp_path)(x), model(x))

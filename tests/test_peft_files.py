@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dual_lora_kernels import apply_dual_lora, load_dual_lora, merge_dual_lora, save_dual_lora
+from dual_lora_kernels import DualLoraLinear, apply_dual_lora, load_dual_lora, merge_dual_lora, save_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
+from dual_lora_kernels.pretrained import save_pretrained
 
 from .models import configuration, gpt2, llama, logits
 from .peft_models import config
@@ -177,12 +179,17 @@ def test_copies_of_a_model_save_their_own_adapter(copier: Any, tmp_path: Path) -
     assert not torch.equal(logits(other), logits(model))
 
 
-def test_a_folder_with_an_adapter_in_each_format_is_refused(tmp_path: Path) -> None:
+def test_a_folder_holds_one_format(tmp_path: Path) -> None:
     model = apply_dual_lora(llama(), configuration())
-    save_dual_lora(model, tmp_path)
-    model.save_pretrained(tmp_path)
+    save_dual_lora(model, tmp_path / "own")
+    model.save_pretrained(tmp_path / "pefts")
+    with pytest.raises(ValueError, match=r"^save_directory: got .* which holds an adapter of save_dual_lora's"):
+        model.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"^folder: got .* which holds an adapter in PEFT's files"):
+        save_dual_lora(model, tmp_path / "pefts")
+    shutil.copytree(tmp_path / "own", tmp_path / "pefts", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"^folder: .* which holds two adapters.*remove the older"):
-        load_dual_lora(llama(), tmp_path)
+        load_dual_lora(llama(), tmp_path / "pefts")
 
 
 def test_models_within_the_one_that_was_adapted_save_the_adapter_too(tmp_path: Path) -> None:
@@ -207,3 +214,37 @@ def test_pefts_older_file_is_named(tmp_path: Path) -> None:
     tuned(llama()).save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors; save it again"):
         load_dual_lora(llama(), tmp_path)
+
+
+def test_layers_whose_ranks_differ_keep_them(tmp_path: Path) -> None:
+    """``proj`` and ``block.proj``: the first one's name is the end of the second's."""
+
+    class Net(nn.Module):
+        config = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.proj, self.block = nn.Linear(4, 4), nn.Module()
+            self.block.proj = nn.Linear(4, 4)
+
+        save_pretrained = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block.proj(self.proj(x))
+
+    model = Net()
+    for parent, rank in ((model, 2), (model.block, 3)):
+        options = {"r1": rank, "r2": rank, "alpha": float(rank), "init_std": 0.3}
+        parent.proj = DualLoraLinear.from_linear(parent.proj, **options)
+    save_pretrained(model, tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x), model(x))
+    torch.testing.assert_close(load_dual_lora(Net(), tmp_path)(x), model(x))
+
+
+def test_a_model_whose_part_was_merged_is_saved_whole(tmp_path: Path) -> None:
+    model = apply_dual_lora(llama(), configuration(["q_proj"]))
+    merge_dual_lora(model.model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path)), logits(model), rtol=1e-5, atol=1e-5)

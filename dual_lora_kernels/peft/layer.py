@@ -40,9 +40,7 @@ class Linear(nn.Module, DualLoraLayer):
         base_layer: Any  # nn.Linear or Conv1D
         set_adapter: Callable[..., None]
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, options: Mapping[str, Any], warmup_steps: int = 0
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, options: Mapping[str, Any]) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_features(self.base_layer)
@@ -53,23 +51,32 @@ class Linear(nn.Module, DualLoraLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.cast_input_dtype_enabled = False  # peft.helpers sets it; inputs are never cast, whatever it says
-        self.update_layer(adapter_name, options, warmup_steps)
+        self.update_layer(adapter_name, options)
 
-    def update_layer(
-        self, adapter_name: str, options: Mapping[str, Any], warmup_steps: int = 0, inference_mode: bool = False
-    ) -> None:
+    def update_layer(self, adapter_name: str, options: Mapping[str, Any], inference_mode: bool = False) -> None:
         """Add the adapter `adapter_name`, or replace it. `options`: those of `DualLoraAdapter`, ranks to clip_bound."""
         adapter = DualLoraAdapter(
             self.in_features, self.out_features, **options, device=None, adapter_dtype=torch.float32
         )
         adapter.reset_adapter_parameters()
-        if warmup_steps > 0:
-            adapter.warm_up(warmup_steps, now=adapter_name in self.active_adapters)
         if not adapter.A.is_meta:
             adapter.to(self.base_layer.weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def begin(self, adapter_name: str, warmup_steps: int, is_active: bool, like: str | None) -> None:
+        """Set the scale with which a new adapter begins.
+
+        An active one is warmed up at once, another when it first trains. One that is `like` another, from the very
+        same configuration, takes its scale: TRL makes its reference so, and copies the parameters alone.
+        """
+        (adapter,) = self._adapters([adapter_name])
+        if warmup_steps > 0:
+            adapter.warm_up(warmup_steps, now=is_active)
+        for other in self._adapters([like] if like is not None and not is_active else []):
+            adapter.scale.copy_(other.scale)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Put an adapter where the base layer computes. Its dtype stays: in 16 bits, loaded factors would lose some."""

@@ -71,19 +71,23 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         parameter_name: str | None = None,
     ) -> None:
         options = peft_config.layer_options(current_key)
+        is_active = adapter_name in self.active_adapters
         if isinstance(target, Linear):
-            target.update_layer(adapter_name, options, peft_config.warmup_steps, peft_config.inference_mode)
-            return
-        reason = why_not_adaptable(target)
-        if reason is not None:
-            raise ValueError(
-                f"Target module {target} is not supported: {reason}. {current_key!r} matches target_modules; expected "
-                "`torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones."
-            )
-        layer = Linear(target, adapter_name, options, peft_config.warmup_steps)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter does not train before it is active
-        self._replace_module(parent, target_name, layer.train(target.training), target)
+            layer = target
+            layer.update_layer(adapter_name, options, inference_mode=peft_config.inference_mode)
+        else:
+            reason = why_not_adaptable(target)
+            if reason is not None:
+                raise ValueError(
+                    f"Target module {target} is not supported: {reason}. {current_key!r} matches target_modules; "
+                    "expected `torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones."
+                )
+            layer = Linear(target, adapter_name, options).train(target.training)
+            if not is_active:
+                layer.requires_grad_(False)  # an additional adapter does not train before it is active
+            self._replace_module(parent, target_name, layer, target)
+        names = (name for name, config in self.peft_config.items() if config is peft_config and name != adapter_name)
+        layer.begin(adapter_name, peft_config.warmup_steps, is_active, like=next(names, None))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in the place of another. The tuner's layers have put their adapters onto the right device."""
