@@ -33,6 +33,11 @@ def is_transposed(module: nn.Module) -> bool:
     )
 
 
+def is_pefts(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's, or of a tuner's for PEFT."""
+    return any(base.__module__.startswith("peft.") for base in type(module).__mro__)
+
+
 def linear_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an adaptable linear layer."""
     rows, columns = module.get_parameter("weight").shape
@@ -51,7 +56,7 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"this {kind}'s {names} is computed by a parametrization, which replacing the layer would drop"
     if isinstance(module, DualLoraAdapter):
         return "it has a Dual LoRA adapter already"
-    if any(base.__module__.startswith("peft.") for base in type(module).__mro__):
+    if is_pefts(module):
         return f"it is PEFT's {kind}, and adapted already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"

@@ -104,9 +104,10 @@ class DualLoraAdapter(nn.Module):
 
         That ends what `warm_up` began.
         """
+        number = check_number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE)
         self.warmup_left = 0
         automatic_warmup.register(self)
-        self.scale.fill_(check_number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE))
+        self.scale.fill_(number)
 
     def adapted_linear(
         self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None

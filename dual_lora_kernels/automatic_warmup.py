@@ -7,7 +7,7 @@ users change a configuration and nothing else.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 _warming: WeakSet[DualLoraAdapter] = WeakSet()
 """Adapters whose scale is to rise. Copies and unpickled ones register themselves."""
-_stepping: list[torch.optim.Optimizer] = []
-"""Optimisers within a step: one that wraps another holds the same factors, and both steps are one."""
+_stepping: list[tuple[ReferenceType[torch.optim.Optimizer], set[int]]] = []
+"""Optimisers within a step, outermost first, and which others have made one within it, by identity.
+
+One that wraps another holds the same factors, and both steps are one.
+"""
 _is_hooked = False
 
 
@@ -59,27 +62,37 @@ def register(adapter: DualLoraAdapter) -> None:
 
 
 def _enter(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Before a step of any optimiser."""
-    _forget(optimizer)  # its last step raised
-    _stepping.append(optimizer)
+    """Before a step of any optimiser.
+
+    A step that raised, when memory ran out say, has not been left. It is over if its optimiser steps again, if the
+    optimiser is gone, or if another one steps a second time meanwhile.
+    """
+    _forget(optimizer)
+    ended = (depth for depth, (other, done) in enumerate(_stepping) if other() is None or id(optimizer) in done)
+    del _stepping[next(ended, len(_stepping)) :]
+    _stepping.append((ref(optimizer), set()))
 
 
 def _leave(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After a step of any optimiser."""
     _forget(optimizer)
+    for _outer, done in _stepping:
+        done.add(id(optimizer))
     if _warming:
-        around = {id(parameter) for outer in _stepping for parameter in _parameters(outer)}
-        _advance({id(parameter) for parameter in _parameters(optimizer)} - around)
+        around = {identity for outer, _ in _stepping for identity in _parameters(outer())}
+        _advance(_parameters(optimizer) - around)
 
 
 def _forget(optimizer: torch.optim.Optimizer) -> None:
     """Leave `optimizer`'s step, and those that began within it."""
-    depth = next((depth for depth, other in enumerate(_stepping) if other is optimizer), len(_stepping))
-    del _stepping[depth:]
+    depths = (depth for depth, (other, _) in enumerate(_stepping) if other() is optimizer)
+    del _stepping[next(depths, len(_stepping)) :]
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer | None) -> set[int]:
+    """What an optimiser holds, by identity."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 @torch.no_grad()

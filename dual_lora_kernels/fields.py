@@ -40,7 +40,7 @@ def explains_unknown_fields(cls: _Class) -> _Class:
 
     @functools.wraps(init)
     def checked(self: object, *args: Any, **values: Any) -> None:
-        for name in values.keys() - set(names):
+        for name in [name for name in values if name not in names]:
             close = difflib.get_close_matches(name, names, 1)
             instead = _INSTEAD.get(name) or (close[0] if close else f"one of {', '.join(names)}")
             # PEFT looks for the first half, which is Python's, to load configurations of newer versions.

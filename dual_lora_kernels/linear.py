@@ -130,7 +130,9 @@ class DualLoraLinear(DualLoraAdapter):
 
     def _check_in_memory(self) -> None:
         if self.weight.is_meta and (self.hooked or hasattr(self, "_hf_hook")):
-            raise ValueError("weight is offloaded by accelerate, expected one in memory: load the model without")
+            raise ValueError(
+                "weight is offloaded by accelerate, expected one in memory: load the model without offload"
+            )
 
     def _base(self) -> DualLoraLinear:
         """What holds weight and bias during a call: this layer, or the hooked one that accelerate brings them to."""
@@ -146,8 +148,7 @@ class DualLoraLinear(DualLoraAdapter):
             raise RuntimeError("DualLoraLinear is merged, so its adapter cannot train: call unmerge() first")
         if self.merged or not self.enabled:
             return self.base_linear(input, self._oriented_weight(), bias)
-        drops = self.training and self.dropout.p > 0
-        weight = None if self._prepared is None or drops else self._prepared_weight(input)
+        weight = None if self._prepared is None else self._prepared_weight(input)
         if weight is not None:
             return nn.functional.linear(input, weight, None if bias is None else bias.to(weight.dtype))
         return self.adapted_linear(input, self._oriented_weight(), bias)
@@ -185,7 +186,8 @@ class DualLoraLinear(DualLoraAdapter):
     def _prepared_weight(self, input: torch.Tensor) -> torch.Tensor | None:
         """The prepared W where it serves a call on `input`."""
         sources = self._sources()
-        if self._prepared is None or not self._prepared.serves(input, (*sources, self.bias)):
+        drops = self.training and self.dropout.p > 0
+        if self._prepared is None or drops or not self._prepared.serves(input, (*sources, self.bias)):
             return None
         if not self._prepared.is_current(sources):
             self._prepared = None

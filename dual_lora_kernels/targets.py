@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .adaptable import is_transposed, why_not_adaptable
+from .adaptable import is_pefts, is_transposed, why_not_adaptable
 from .config import ALL_LINEAR
 from .validation import overlaps_itself
 
@@ -149,11 +149,7 @@ def _new_head(model: nn.Module) -> dict[str, nn.Module]:
 
 def _refuse_peft(model: nn.Module) -> None:
     """PEFT's adapters and prompt encoders have linear layers, which would be taken for the model's own."""
-    found = {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if any(base.__module__.startswith("peft.") for base in type(module).__mro__)
-    }
+    found = {name: type(module).__name__ for name, module in model.named_modules() if is_pefts(module)}
     if found:
         name = max(found, key=lambda name: name.count("."))  # its wrappers say less than an adapted layer
         raise ValueError(
@@ -218,22 +214,17 @@ def why_not_suited(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[s
     return {name: reason for name, module in linears.items() if (reason := _unsuited(model, module, shared, bypassed))}
 
 
-def stacked_experts(model: nn.Module) -> dict[str, list[str]]:
-    """Modules that keep the weights of all their experts in 3-D tensors, and these tensors' names.
+def report_stacked_experts(model: nn.Module) -> None:
+    """Log the experts that ``"all-linear"`` leaves out, since they are most of such a model's weights.
 
-    transformers' mixtures of experts do so; there is no linear layer that could be adapted.
+    transformers' mixtures of experts keep the weights of all their experts in 3-D tensors.
     """
     found = {
         name: [key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 3]
         for name, module in model.named_modules()
         if "expert" in type(module).__name__.lower() or "expert" in name.rpartition(".")[2].lower()
     }
-    return {name: tensors for name, tensors in found.items() if tensors}
-
-
-def report_stacked_experts(model: nn.Module) -> None:
-    """Log the experts that ``"all-linear"`` leaves out, since they are most of such a model's weights."""
-    experts = stacked_experts(model)
+    experts = {name: tensors for name, tensors in found.items() if tensors}
     if experts:
         name, tensors = next(iter(experts.items()))
         _logger.warning(

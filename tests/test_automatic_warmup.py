@@ -223,6 +223,34 @@ def test_a_step_that_raised_is_not_for_ever() -> None:
     assert factors_of(model) == pytest.approx([0.5, 0.5])
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_optimiser_that_is_made_anew_after_a_step_that_raised_counts(kept: bool) -> None:
+    """As when memory runs out in a step, and the run begins again; a traceback may keep the old optimiser."""
+    model = net()
+    old = [optimizer_of(model)]
+
+    def fail() -> float:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        old[0].step(fail)
+    if not kept:
+        old.clear()
+    optimizer = optimizer_of(model)
+    for _ in range(5):
+        step(model, optimizer)
+    assert factors_of(model) == pytest.approx([1.0, 1.0])
+
+
+def test_a_scale_that_is_refused_ends_no_warm_up() -> None:
+    model = net()
+    for _, adapter in dual_lora_adapters(model):
+        with pytest.raises(ValueError, match=r"^scale: got nan"):
+            adapter.set_scale(float("nan"))
+    step(model, optimizer_of(model))
+    assert factors_of(model) == pytest.approx([0.5, 0.5])
+
+
 def test_an_average_that_is_ahead_of_its_count_is_not_lowered() -> None:
     model = net()
     averaged = AveragedModel(model, use_buffers=True)
