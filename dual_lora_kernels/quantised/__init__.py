@@ -1,0 +1,1 @@
+"""W0 in a quantised format: what a weight's tensors mean, and how libraries' layers keep them."""

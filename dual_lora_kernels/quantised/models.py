@@ -1,0 +1,87 @@
+"""What transformers keeps on a model that it quantised: the dtype to dequantise to, and the configuration to forget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .layers import is_quantised, plain_layer, quantised_weight, why_not_readable
+
+_logger = logging.getLogger("dual_lora_kernels")
+
+
+def dequantised_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype that transformers dequantises `model` to by default, its configuration's; None for other models."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return None
+    dtype = getattr(model.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def let_trainer_train(model: nn.Module) -> None:
+    """Mark transformers' quantised models within `model` as adapted, without which its Trainer refuses them."""
+    for inner in model.modules():
+        if getattr(inner, "hf_quantizer", None) is not None:
+            inner._hf_peft_config_loaded = True  # type: ignore[assignment]  # an attribute of transformers'
+
+
+def forget_quantisation(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Dequantise what is still quantised in transformers' models within `model`, and let them forget that they were.
+
+    Otherwise ``save_pretrained`` would write the quantisation's configuration, and loading would quantise the merged
+    weights anew. transformers' own ``dequantize()`` reads weights wrongly that bitsandbytes has repacked on a CPU.
+    """
+    for inner in list(model.modules()):
+        quantizer = getattr(inner, "hf_quantizer", None)
+        if quantizer is None:
+            continue
+        left = {name: module for name, module in inner.named_modules() if is_quantised(module)}
+        unreadable = {name: reason for name, module in left.items() if (reason := why_not_readable(module))}
+        for name in left.keys() - unreadable.keys():
+            weight = quantised_weight(left[name]).dequantised()
+            inner.set_submodule(name, plain_layer(left[name], weight if dtype is None else weight.to(dtype)))
+        if len(left) > len(unreadable):
+            _logger.info("dequantised %d layers without adapters: %s, …", len(left) - len(unreadable), next(iter(left)))
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
+            if flag in vars(inner):
+                setattr(inner, flag, False)
+        if unreadable:
+            name, reason = next(iter(unreadable.items()))
+            _logger.warning("%d layers stay quantised, and so does the model: %s's %s", len(unreadable), name, reason)
+            continue
+        quantizer.remove_quantization_config(inner)
+        if dtype is not None:
+            _cast_rest(inner, dtype)
+
+
+def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the other floating-point parameters of a model `dtype`, too: mixed ones could not be multiplied.
+
+    PEFT's ``prepare_model_for_kbit_training`` has cast norms and embeddings up. What is rounded is warned of.
+    """
+    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
+    rounded = []
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == dtype or not parameter.is_floating_point() or any(part in name for part in in_fp32):
+            continue
+        other = parameter.detach().to(dtype)
+        if not torch.equal(other.to(parameter.dtype), parameter):
+            rounded.append(name)
+        parameter.data = other
+    model.config.dtype = dtype  # type: ignore[union-attr]  # transformers'
+    if rounded:
+        _logger.warning("rounded to %s, as the merged layers are: %s", dtype, ", ".join(rounded[:8]))
+
+
+def report_compute_dtypes(layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
+    """Log where quantised layers computed in another dtype than the merged weights get: they are then not bit for bit
+    what training used."""
+    own = {getattr(layer, "compute_dtype", None) for layer in layers} - {None, dtype}
+    if dtype is not None and own:
+        _logger.info(
+            "merged to %s, while layers computed in %s: their weights in training were rounded to that, not to %s",
+            dtype, ", ".join(map(str, own)), dtype,
+        )  # fmt: skip
