@@ -13,6 +13,7 @@ import torch
 from . import panels, passes
 from .backends import Backend, Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
 from .precision import accumulation_dtype
+from .quantised.weight import QuantisedWeight
 from .validation import check_scale_value
 
 
@@ -39,7 +40,9 @@ class Call(NamedTuple):
     is_whole: bool = False
     """Whether the passes go straight to `panels.whole_forward` and, where all is wanted, `whole_gradients`."""
 
-    def block(self, weight: torch.Tensor | None, factors: Sequence[torch.Tensor], dtype: torch.dtype) -> Block:
+    def block(
+        self, weight: torch.Tensor | QuantisedWeight | None, factors: Sequence[torch.Tensor], dtype: torch.dtype
+    ) -> Block:
         """The full weight as one block."""
         return Block(base_of(weight), Factors(*factors), self.rounding, dtype)
 
@@ -47,7 +50,7 @@ class Call(NamedTuple):
 def linear(
     call: Call,
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor | QuantisedWeight | None,
     factors: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -68,7 +71,7 @@ def gradients(
     call: Call,
     grad: torch.Tensor,
     input: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor | QuantisedWeight | None,
     factors: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     estimator: Estimator,
@@ -97,9 +100,9 @@ def gradients(
     return [each for each in results if each is not None]
 
 
-def weight_gradient(grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+def weight_gradient(grad: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None) -> torch.Tensor:
     """Contiguous memory for ∂W0."""
-    assert weight is not None, "a gradient of no weight cannot be wanted"
+    assert isinstance(weight, torch.Tensor), "a gradient of no weight, or of a quantised one, cannot be wanted"
     return grad.new_empty(weight.shape, dtype=weight.dtype)
 
 

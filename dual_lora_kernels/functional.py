@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from torch.autograd import forward_ad
 from . import calls, panels
 from .backends import Block, Estimator, Factors, check_backend_name, resolve_backend
 from .calls import Call, Options
-from .ops import NAMESPACE
+from .ops import NAMESPACE, parts, whole
+from .quantised.weight import QuantisedWeight
 from .runtime_settings import current_settings, default_backend
 from .validation import (
     ROUNDINGS,
@@ -49,45 +51,55 @@ class DualLoraFunction(torch.autograd.Function):
         estimator: Estimator,
         options: Options,
         call: Call | None,
+        layout: str,
+        *quantised: torch.Tensor,
     ) -> torch.Tensor:
         # The input is needed for parameters' gradients only; nobody should pay for keeping it otherwise.
         kept_input = input if any(ctx.needs_input_grad[1:6]) else None
-        ctx.save_for_backward(kept_input, weight, A, B, C, D, scale)
+        ctx.save_for_backward(kept_input, weight, A, B, C, D, scale, *quantised)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.estimator, ctx.options, ctx.call = estimator, options, call
-        return _linear(call, options, input, weight, (A, B, C, D, scale), bias)
+        ctx.estimator, ctx.options, ctx.call, ctx.layout = estimator, options, call, layout
+        stored = quantised if layout or weight is None else (weight,)
+        return _linear(call, options, input, stored, layout, (A, B, C, D, scale), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        input, weight, *factors = ctx.saved_tensors
+        input, weight, *others = ctx.saved_tensors
+        factors, quantised = others[:5], others[5:]
+        stored = quantised if ctx.layout or weight is None else (weight,)
         needs = ctx.needs_input_grad
         grads: list[torch.Tensor | None] = [None] * 6
         wanted = [needs[0], *needs[2:6], needs[1]]
         if any(wanted):
             if ctx.call is None or _is_observed() or torch.is_grad_enabled() or _autocasts(grad):
-                results = _ops.gradients(grad, input, weight, factors, wanted, *ctx.estimator, *ctx.options)
+                results = _ops.gradients(grad, input, stored, ctx.layout, factors, wanted, *ctx.estimator, *ctx.options)
             else:
-                results = calls.gradients(ctx.call, grad, input, weight, factors, wanted, ctx.estimator)
+                results = calls.gradients(
+                    ctx.call, grad, input, whole(stored, ctx.layout), factors, wanted, ctx.estimator
+                )
             computed = iter(results)
             grads = [next(computed) if want else None for want in wanted]
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs[6] else None
         grad_input, grad_A, grad_B, grad_C, grad_D, grad_weight = grads
-        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None, None, None
+        constants = [None] * (5 + len(quantised))
+        return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, *constants
 
 
 def _linear(
     call: Call | None,
     options: Options,
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    layout: str,
     factors: tuple[torch.Tensor, ...],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """`weight` and `layout` are the `parts` of a weight."""
     out: torch.Tensor
     if call is None:
-        out = _ops.linear(input, weight, factors, bias, *options)
+        out = _ops.linear(input, weight, layout, factors, bias, *options)
     else:
-        out = calls.linear(call, input, weight, factors, bias)
+        out = calls.linear(call, input, whole(weight, layout), factors, bias)
     return out
 
 
@@ -120,7 +132,7 @@ _MOST_CHECKED = 4096
 
 def dual_lora_linear(
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor | QuantisedWeight | None,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
@@ -141,7 +153,7 @@ def dual_lora_linear(
     Args:
         input: [..., in_features], fp32, fp64, bf16 or fp16. Its dtype is the compute dtype; under autocast, autocast's.
         weight: W0 [out_features, in_features], any strides, of any of these dtypes; read as it is, never cast whole.
-            None computes the update's contribution alone.
+            None computes the update's contribution alone. A `QuantisedWeight` is dequantised block by block.
         A, B: magnitude group, [r1, in_features] and [out_features, r1].
         C, D: direction group, [r2, in_features] and [out_features, r2]. The four share a dtype (fp32 is usual even on a
             bf16 base); their products and gradients accumulate in fp32, in fp64 for fp64 factors.
@@ -169,7 +181,8 @@ def dual_lora_linear(
             "opaque to them. Use autograd's backward, one call per sample where vmap was meant."
         )
     if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (input, weight, A, B, C, D, bias)
+        isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None
+        for t in (input, weight, A, B, C, D, bias)
     ):
         raise NotImplementedError(
             "dual_lora_linear does not support forward-mode differentiation: its kernels would drop the tangent. Use "
@@ -189,18 +202,21 @@ def dual_lora_linear(
     rows = input if call is not None else input.to(compute_dtype(input))
     if rows.dim() != 2:
         rows = rows.reshape(-1, rows.shape[-1])
-    differentiable = (rows, weight, A, B, C, D, bias)
+    stored, layout = parts(weight)
+    differentiable = (rows, None if isinstance(weight, QuantisedWeight) else weight, A, B, C, D, bias)
     out: torch.Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        out = DualLoraFunction.apply(*differentiable, scale, checked.estimator, checked.options, call)
+        out = DualLoraFunction.apply(
+            *differentiable, scale, checked.estimator, checked.options, call, layout, *(stored if layout else ())
+        )
     else:
-        out = _linear(call, checked.options, rows, weight, (A, B, C, D, scale), bias)
+        out = _linear(call, checked.options, rows, stored, layout, (A, B, C, D, scale), bias)
     return out if input.dim() == 2 else out.view(*input.shape[:-1], checked.out_features)
 
 
 def _remembered(
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor | QuantisedWeight | None,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
@@ -220,7 +236,7 @@ def _remembered(
         key: tuple[object, ...] = (
             ste, rounding, backend, clip_bound, type(clip_bound), current_settings(),
             _metadata(input), _metadata(A), _metadata(B), _metadata(C), _metadata(D),
-            None if weight is None else _metadata(weight), None if bias is None else _metadata(bias),
+            None if weight is None else _weight_metadata(weight), None if bias is None else _metadata(bias),
             _metadata(scale), scale.requires_grad,
         )  # fmt: skip
         known = _checked.get(key)
@@ -236,9 +252,16 @@ def _remembered(
     return known
 
 
+def _weight_metadata(weight: torch.Tensor | QuantisedWeight) -> tuple[object, ...]:
+    if isinstance(weight, QuantisedWeight):
+        return weight.kind, weight.layout, *map(_metadata, weight.tensors)
+    metadata: tuple[object, ...] = _metadata(weight)
+    return metadata
+
+
 def _check(
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: torch.Tensor | QuantisedWeight | None,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
@@ -273,14 +296,16 @@ def _check(
         if bias.device != A.device:
             raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
     options = Options(rounding, backend, *current_settings())
-    plain = all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in (input, weight, A, B, C, D, bias))
+    tensors = (input, A, B, C, D, bias, *parts(weight)[0])
+    plain = all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
     call = None
     if plain and not torch.compiler.is_compiling() and A.device.type != "meta":
         call = options.resolve(A.device, input.dtype, A.dtype)
         factors = Factors(A, B, C, D, A)  # the scale plays no part
         fused, tokens = call.backend.fused, input.numel() // in_features
         has_own_pass = fused is not None and (tokens == 0 or fused.preferred("forward", input.new_empty(tokens, 0)))
-        if options.strategy == "auto" and not has_own_pass:
+        is_read = not isinstance(weight, QuantisedWeight) or call.backend.reads(weight)
+        if options.strategy == "auto" and not has_own_pass and is_read:
             shape = out_features, in_features
             call = call._replace(is_whole=panels.fits_whole(shape, input.dtype, factors, call.backend, call.settings))
     return _Checked(options, Estimator(ste, clip_bound), out_features, call)

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 from . import panels
-from .backends import Block, DenseBase, Factors, check_backend_name, resolve_backend
+from .backends import Block, Factors, base_of, check_backend_name, resolve_backend
 from .calls import Options
 from .ops import NAMESPACE
 from .precision import accumulation_dtype
+from .quantised.weight import QuantisedWeight
 from .runtime_settings import current_settings, default_backend
 from .validation import (
     ROUNDINGS,
     as_scale_tensor,
     check_choice,
+    check_dtype,
     check_factors,
     check_finite,
     check_weight,
@@ -43,6 +45,8 @@ def dual_lora_merge_(
     used. Raises as `dual_lora_linear` does, as `check_mergeable` does, and ValueError for a weight some of whose
     elements share memory (an expanded one, say), before anything is changed.
     """
+    if isinstance(weight, QuantisedWeight):
+        raise TypeError(f"weight: got {weight!r}, expected a tensor; dual_lora_merged makes one of it")
     check_mergeable(weight, A, B, C, D, scale, rounding=rounding, backend=backend)
     if overlaps_itself(weight):
         raise ValueError(
@@ -55,18 +59,48 @@ def dual_lora_merge_(
 
 
 @torch.no_grad()
-def check_mergeable(
-    weight: torch.Tensor,
+def dual_lora_merged(
+    weight: torch.Tensor | QuantisedWeight,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor,
     scale: float | torch.Tensor,
     *,
+    dtype: torch.dtype | None = None,
+    rounding: str = "dither",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """round(W0 + ΔW) as a new tensor [out_features, in_features] of `dtype` (default: W0's), for quantised weights too.
+
+    With the forward pass's `rounding`, these are bit for bit the weights that a forward pass in `dtype` used. Raises as
+    `dual_lora_linear` and `check_mergeable` do.
+    """
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    check_mergeable(weight, A, B, C, D, scale, dtype=dtype, rounding=rounding, backend=backend)
+    dtype = weight.dtype if dtype is None else dtype
+    chosen = resolve_backend(default_backend() if backend is None else backend, weight.device, dtype, A.dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    block = Block(base_of(weight), Factors(A, B, C, D, as_scale_tensor(scale, A)), rounding, dtype)
+    panels.write_weight(out, block, chosen, current_settings())
+    return out
+
+
+@torch.no_grad()
+def check_mergeable(
+    weight: torch.Tensor | QuantisedWeight,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    scale: float | torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
     rounding: str = "dither",
     backend: str | None = None,
 ) -> None:
-    """Raise ValueError where merging would write a non-finite number over a finite one.
+    """Raise ValueError where merging would write a non-finite number of `dtype` (default: W0's) over a finite one.
 
     That is where a factor or the scale is not finite, or where P, ΔW or W0 + ΔW leaves the range of its dtype. What is
     not finite in W0 already is no reason. Mostly a bound from the largest numbers decides; only where that is too
@@ -79,16 +113,18 @@ def check_mergeable(
     factors = Factors(A, B, C, D, as_scale_tensor(scale, A))
     for name, tensor in zip(Factors._fields, factors, strict=True):
         check_finite(name, tensor)
-    if _surely_finite(weight, factors):
+    dtype = weight.dtype if dtype is None else dtype
+    if isinstance(weight, torch.Tensor) and dtype == weight.dtype and _surely_finite(weight, factors):
         return
-    chosen = resolve_backend(backend, weight.device, weight.dtype, A.dtype)
-    block = Block(DenseBase(weight), factors, rounding, weight.dtype)
-    overflow = panels.first_overflow(weight, block, chosen, current_settings())
+    chosen = resolve_backend(backend, weight.device, dtype, A.dtype)
+    overflow = panels.first_overflow(
+        Block(base_of(weight), factors, rounding, dtype), dtype, chosen, current_settings()
+    )
     if overflow is not None:
-        row, column = overflow
+        row, column, number = overflow
         raise ValueError(
-            f"weight: got {weight[row, column].item():g} at [{row}, {column}], which the update makes overflow "
-            f"{weight.dtype}; expected a smaller update (scale is {factors.scale.item():g})"
+            f"weight: got {number:g} at [{row}, {column}], which the update makes overflow {dtype}; expected a smaller "
+            f"update (scale is {factors.scale.item():g})"
         )
 
 

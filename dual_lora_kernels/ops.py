@@ -16,19 +16,36 @@ import torch
 from . import calls, panels
 from .backends import Estimator, Factors
 from .calls import Options
+from .quantised.weight import QuantisedWeight
 from .validation import check_scale_value
 
 NAMESPACE = "dual_lora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-# `factors` are A, B, C, D and the scale.
+# `factors` are A, B, C, D and the scale; `weight` and `layout` are what `parts` makes of a weight.
 _OPTIONS = "str rounding, str backend, str strategy, int workspace"
-_library.define(f"linear(Tensor input, Tensor? weight, Tensor[] factors, Tensor? bias, {_OPTIONS}) -> Tensor")
 _library.define(
-    "gradients(Tensor grad, Tensor? input, Tensor? weight, Tensor[] factors, bool[] wanted, str ste, float clip_bound, "
-    f"{_OPTIONS}) -> Tensor[]"
+    f"linear(Tensor input, Tensor[] weight, str layout, Tensor[] factors, Tensor? bias, {_OPTIONS}) -> Tensor"
+)
+_library.define(
+    "gradients(Tensor grad, Tensor? input, Tensor[] weight, str layout, Tensor[] factors, bool[] wanted, str ste, "
+    f"float clip_bound, {_OPTIONS}) -> Tensor[]"
 )
 _library.define(f"merge_(Tensor(a!) weight, Tensor[] factors, {_OPTIONS}) -> ()")
+
+
+def parts(weight: torch.Tensor | QuantisedWeight | None) -> tuple[tuple[torch.Tensor, ...], str]:
+    """A weight as the operators take it: (its tensors, its layout if it is quantised)."""
+    if weight is None:
+        return (), ""
+    return (weight.tensors, weight.encoded_layout) if isinstance(weight, QuantisedWeight) else ((weight,), "")
+
+
+def whole(tensors: Sequence[torch.Tensor], layout: str) -> torch.Tensor | QuantisedWeight | None:
+    """The weight that `parts` took apart."""
+    if layout:
+        return QuantisedWeight.restored(tensors, layout)
+    return tensors[0] if tensors else None
 
 
 def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -61,18 +78,19 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @_kernel("linear")
 def linear_kernel(
     input: torch.Tensor,
-    weight: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    layout: str,
     factors: Sequence[torch.Tensor],
     bias: torch.Tensor | None,
     *options: Any,
 ) -> torch.Tensor:
     """`calls.linear`."""
     call = Options(*options).resolve(input.device, input.dtype, factors[0].dtype)
-    return calls.linear(call, input, weight, factors, bias)
+    return calls.linear(call, input, whole(weight, layout), factors, bias)
 
 
 @_fake("linear")
-def _(input: torch.Tensor, weight: Any, factors: Sequence[torch.Tensor], *others: Any) -> torch.Tensor:
+def _(input: torch.Tensor, weight: Any, layout: str, factors: Sequence[torch.Tensor], *others: Any) -> torch.Tensor:
     return input.new_empty(input.shape[0], Factors(*factors).shape[0])
 
 
@@ -80,7 +98,8 @@ def _(input: torch.Tensor, weight: Any, factors: Sequence[torch.Tensor], *others
 def gradients_kernel(
     grad: torch.Tensor,
     input: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    layout: str,
     factors: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     ste: str,
@@ -89,21 +108,22 @@ def gradients_kernel(
 ) -> list[torch.Tensor]:
     """`calls.gradients`."""
     call = Options(*options).resolve(grad.device, grad.dtype, factors[0].dtype)
-    return calls.gradients(call, grad, input, weight, factors, wanted, Estimator(ste, clip_bound))
+    return calls.gradients(call, grad, input, whole(weight, layout), factors, wanted, Estimator(ste, clip_bound))
 
 
 @_fake("gradients")
 def _(
     grad: torch.Tensor,
     input: Any,
-    weight: torch.Tensor | None,
+    weight: Sequence[torch.Tensor],
+    layout: str,
     factors: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     *others: Any,
 ) -> list[torch.Tensor]:
     results = [grad.new_empty(grad.shape[0], factors[0].shape[1])] if wanted[0] else []
     results += [torch.empty_like(f) for f, want in zip(factors[:4], wanted[1:5], strict=True) if want]
-    return [*results, calls.weight_gradient(grad, weight)] if wanted[5] else results
+    return [*results, calls.weight_gradient(grad, weight[0])] if wanted[5] else results
 
 
 @_kernel("merge_")

@@ -19,7 +19,7 @@ def forward(
 ) -> torch.Tensor:
     """Y = X Wᵀ + b, [M, N], over row panels of W."""
     out_features, in_features = block.shape
-    dtype, cast_budget, budget = _weight_budget(x, backend, settings)
+    dtype, cast_budget, budget = _weight_budget(x, block, backend, settings)
     waves = waves_for(x.device, x.shape[0])
     panels = split(out_features, in_features * dtype.itemsize, budget, backend.panel_unit, waves)
     if len(panels) == 1 and not cast_budget:
@@ -39,7 +39,7 @@ def forward(
 def input_gradient(grad: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> torch.Tensor:
     """∂X = G W, [M, K], over column panels of W: no accumulation, so no rounding beyond the product's own."""
     out_features, in_features = block.shape
-    dtype, cast_budget, budget = _weight_budget(grad, backend, settings)
+    dtype, cast_budget, budget = _weight_budget(grad, block, backend, settings)
     waves = waves_for(grad.device, grad.shape[0])
     panels = split(in_features, out_features * dtype.itemsize, budget, backend.panel_unit, waves)
     if len(panels) == 1 and not cast_budget:
@@ -106,8 +106,9 @@ def gradients(
     out_features, in_features = block.shape
     dtype, cast_budget, budget = _token_product_budget(x, block, backend, settings)
     w_dtype = product_dtype(grad.dtype, grad.device.type)
-    is_shared = dtype == w_dtype and not block.needs_loading
+    is_shared = dtype == w_dtype and (block.base is None or backend.reads(block.base))
     bytes_each = dtype.itemsize + (0 if is_shared else w_dtype.itemsize)
+    budget -= block.loading_bytes(backend, settings.workspace)
     panels = split(in_features, out_features * bytes_each, budget, backend.panel_unit)
     if len(panels) == 1 and is_shared and not cast_budget:
         return whole_gradients(grad, x, block, estimator, gradients, shared, settings)
@@ -173,17 +174,29 @@ def write_weight(out: torch.Tensor, block: Block, backend: Backend, settings: Se
         backend.effective_weight(out[start:stop], block.rows(start, stop), settings)
 
 
-def first_overflow(weight: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> tuple[int, int] | None:
-    """(row, column) of the first element of W0 that is finite where round(W0 + ΔW) is not; None if there is none."""
+def first_overflow(
+    block: Block, dtype: torch.dtype, backend: Backend, settings: Settings
+) -> tuple[int, int, float] | None:
+    """(row, column, W0 there) of the first element of W0 that is finite where round(W0 + ΔW) in `dtype` is not.
+
+    None if there is none. `block` has a base.
+    """
+    assert block.base is not None
+    rows, columns = block.shape
     budget = _budget(backend, settings) // 2
-    for start, stop in split(weight.shape[0], weight.shape[1] * weight.itemsize, budget, backend.panel_unit):
-        base = weight[start:stop]
-        panel = torch.empty(base.shape, dtype=weight.dtype, device=weight.device)
-        backend.effective_weight(panel, block.rows(start, stop), settings)
-        overflows = (panel.isfinite().logical_not_() & base.isfinite()).nonzero()
-        if len(overflows):
-            row, column = overflows[0].tolist()
-            return start + row, column
+    for start, stop in split(rows, columns * dtype.itemsize, budget, backend.panel_unit):
+        own = block.rows(start, stop)
+        panel = torch.empty(own.shape, dtype=dtype, device=block.base.device)
+        backend.effective_weight(panel, own, settings)
+        suspects = panel.isfinite().logical_not_()
+        if suspects.any():
+            assert own.base is not None
+            base = torch.empty(own.shape, dtype=own.base.dtype, device=own.base.device)
+            own.base.load(base)
+            overflows = (suspects & base.to(dtype).isfinite()).nonzero()
+            if len(overflows):
+                row, column = overflows[0].tolist()
+                return start + row, column, base[row, column].item()
     return None
 
 
@@ -192,10 +205,10 @@ def _budget(backend: Backend, settings: Settings) -> int:
     return settings.workspace - backend.weight_temporaries(settings.workspace)
 
 
-def _weight_budget(x: torch.Tensor, backend: Backend, settings: Settings) -> tuple[torch.dtype, int, int]:
+def _weight_budget(x: torch.Tensor, block: Block, backend: Backend, settings: Settings) -> tuple[torch.dtype, int, int]:
     """(dtype that panels of W are stored in, bytes for operands cast to it, bytes for panels)."""
     dtype = product_dtype(x.dtype, x.device.type) if backend.takes_cpu_dtypes else x.dtype
-    budget = _budget(backend, settings)
+    budget = _budget(backend, settings) - block.loading_bytes(backend, settings.workspace)
     cast_budget = 0 if dtype == x.dtype else budget // 2
     return dtype, cast_budget, budget - cast_budget
 

@@ -84,10 +84,10 @@ def _fused(
     fused = backend.fused
     if fused is None:
         reason: str | None = "it has no fused kernels"
-    elif operation != "token_product" and block.needs_loading:
+    elif operation != "token_product" and block.base is not None and not backend.reads(block.base):
         reason = "fused kernels read W0 where it lies, and this one has to be loaded first"
     else:
-        reason = fused.why_not(operation, input, block.factors, settings)
+        reason = fused.why_not(operation, input, block, settings)
         if reason is None and (settings.strategy == "fused" or fused.preferred(operation, input)):
             return fused
     if settings.strategy == "fused":

@@ -10,6 +10,8 @@ from numbers import Integral, Real
 import torch
 from torch.nn.parameter import UninitializedParameter
 
+from .quantised.weight import QuantisedWeight
+
 STRAIGHT_THROUGH_ESTIMATORS = ("clip", "dorefa", "xnor")
 ROUNDINGS = ("dither", "nearest")
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -151,10 +153,11 @@ def check_factors(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Te
     return in_features, out_features
 
 
-def check_weight(weight: torch.Tensor, A: torch.Tensor, in_features: int, out_features: int) -> None:
+def check_weight(weight: torch.Tensor | QuantisedWeight, A: torch.Tensor, in_features: int, out_features: int) -> None:
     """Check a base weight [out_features, in_features] against the factors."""
-    check_tensor("weight", weight)
-    check_dtype("weight.dtype", weight.dtype)
+    if not isinstance(weight, QuantisedWeight):
+        check_tensor("weight", weight)
+        check_dtype("weight.dtype", weight.dtype)
     if tuple(weight.shape) != (out_features, in_features):
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected [out_features, in_features] = "

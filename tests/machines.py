@@ -14,7 +14,9 @@ from typing import Any
 from benchmarks.gpu import numerical_suite
 from benchmarks.harness.machines import Machine, every_machine, few_machines, native_kernels
 
-SUITE = ("reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model")
+SUITE = (
+    "reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model", "quantised",
+)  # fmt: skip
 """Tests whose outcome may depend on how a processor or a library computes."""
 _SECONDS = 1800.0
 _FEW_EXAMPLES = "10"

@@ -70,11 +70,9 @@ def test_a_base_that_is_loaded_gives_what_its_tensor_gives(
             problem.grad, problem.x, True, block, estimator, sums, chosen, ROOM._replace(strategy="panels")
         )
         results.append([y, grad_x, *sums[:4]])
-    (y, *gradients), (expected_y, *expected) = results
-    assert torch.equal(y, expected_y)
-    # H and W do not share a panel where W0 is loaded, so sums are over other panels.
-    for loaded, dense in zip(gradients, expected, strict=True):
-        assert relative_error(loaded, dense) < 8 * torch.finfo(torch.float32).eps
+    # Panels are smaller where W0 is loaded, and H and W do not share one, so sums may have another order.
+    for loaded, dense in zip(*results, strict=True):
+        assert relative_error(loaded, dense) < 8 * torch.finfo(loaded.dtype).eps
 
 
 def test_fused_kernels_say_that_they_do_not_load(device: torch.device, backend: str) -> None:

@@ -26,9 +26,9 @@ def _fresh_compiler() -> None:
 def _calls(problem: Problem) -> dict[str, tuple[object, ...]]:
     factors = tuple(problem.factors)
     return {
-        "linear": (problem.x, problem.weight, factors, problem.bias, *OPTIONS),
+        "linear": (problem.x, [problem.weight], "", factors, problem.bias, *OPTIONS),
         "gradients": (
-            problem.grad, problem.x, problem.weight, factors, [True, True, False, True, True, True], "clip", 1.0,
+            problem.grad, problem.x, [problem.weight], "", factors, [True, True, False, True, True, True], "clip", 1.0,
             *OPTIONS,
         ),
         "merge_": (problem.weight.clone(), factors, *OPTIONS),

@@ -163,7 +163,7 @@ def _recorded_wishes(asked: list[list[bool]]):
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "dual_lora_kernels" and func._opname == "gradients":
-                asked.append(list(args[4]))
+                asked.append(list(args[5]))
             return func(*args, **(kwargs or {}))
 
     return Recorder()

@@ -151,10 +151,10 @@ def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "
     """(output, *gradients) by the operators, in the order of `reference.Gradients`."""
     ops = torch.ops.dual_lora_kernels
     factors, options = tuple(problem.factors), (rounding, backend, *current_settings())
-    output = ops.linear(problem.x, problem.weight, factors, problem.bias, *options)
+    output = ops.linear(problem.x, [problem.weight], "", factors, problem.bias, *options)
 
     def gradients(*wanted: bool) -> list[torch.Tensor]:
-        return ops.gradients(problem.grad, problem.x, problem.weight, factors, list(wanted), ste, 1.0, *options)
+        return ops.gradients(problem.grad, problem.x, [problem.weight], "", factors, list(wanted), ste, 1.0, *options)
 
     # The weight's by itself: with it, the factors' gradients never come from a fused kernel.
     grad_x, *grads = gradients(True, True, True, True, True, False)

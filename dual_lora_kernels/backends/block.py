@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
+
+from ..precision import accumulation_dtype
+from ..quantised.weight import QuantisedWeight
 
 
 class Factors(NamedTuple):
@@ -107,10 +111,7 @@ class ParameterGradients(NamedTuple):
 
 
 class Base(Protocol):
-    """W0 of one block [n, k], in the form in which it is stored. A new storage format is one more implementation.
-
-    `base_of` chooses the implementation.
-    """
+    """W0 of one block [n, k], in the form in which it is stored: `DenseBase`, or a kind of `QuantisedWeight`."""
 
     @property
     def shape(self) -> torch.Size:
@@ -135,7 +136,7 @@ class Base(Protocol):
         """Columns start … stop, without a copy."""
 
     def load(self, out: torch.Tensor) -> None:
-        """Write W0 into `out` [n, k], of any dtype and strides."""
+        """Write W0 into `out` [n, k], of any dtype and strides, a few rows at a time."""
 
 
 class DenseBase(NamedTuple):
@@ -176,9 +177,18 @@ class DenseBase(NamedTuple):
         out.copy_(self.tensor)
 
 
-def base_of(weight: torch.Tensor | None) -> Base | None:
+def base_of(weight: torch.Tensor | QuantisedWeight | None) -> Base | None:
     """The `Base` that reads a layer's weight; None for a call without W0."""
-    return None if weight is None else DenseBase(weight)
+    return weight if weight is None or isinstance(weight, QuantisedWeight) else DenseBase(weight)
+
+
+class ReadsBases(Protocol):
+    """The part of a `Backend` that `Block.pieces` asks."""
+
+    panel_unit: int
+
+    def reads(self, base: Base) -> bool:
+        """Whether the backend's kernels read W0 where it lies, in this form; otherwise it is loaded first."""
 
 
 class Block(NamedTuple):
@@ -221,21 +231,46 @@ class Block(NamedTuple):
         base = None if base is None else base.columns(start, stop)
         return Block(base, factors.columns(start, stop), rounding, dtype, row0, col0 + start)
 
+    def pieces(
+        self, backend: ReadsBases, out: torch.Tensor, budget: int
+    ) -> Iterator[tuple[Block, torch.Tensor, tuple[int, int]]]:
+        """(block, its part of `out`, where it begins in this block): pieces whose bases the backend's kernels read.
+
+        One piece, the block itself, where they read its base as it is. Otherwise W0 is loaded: into `out`, or, where
+        that would round it or change the dtype of the sum, into a buffer of `budget` bytes, piece by piece.
+        """
+        base = self.base
+        if base is None or backend.reads(base):
+            yield self, out, (0, 0)
+            return
+        same_sum = accumulation_dtype(base.dtype) == accumulation_dtype(out.dtype)
+        if same_sum and torch.promote_types(base.dtype, out.dtype) == out.dtype:
+            base.load(out)
+            yield self._replace(base=DenseBase(out)), out, (0, 0)
+            return
+        (n, k), unit = self.shape, backend.panel_unit
+        width = max(unit, budget // (unit * base.dtype.itemsize) // unit * unit)
+        height = max(unit, budget // (min(width, k) * base.dtype.itemsize) // unit * unit)
+        buffer = torch.empty(min(height, n) * min(width, k), dtype=base.dtype, device=out.device)
+        for top, bottom in _cuts(n, height, self.row0 % unit):
+            for left, right in _cuts(k, width, self.col0 % unit):
+                piece = self.rows(top, bottom).columns(left, right)
+                loaded = buffer[: (bottom - top) * (right - left)].view(piece.shape)
+                assert piece.base is not None
+                piece.base.load(loaded)
+                yield piece._replace(base=DenseBase(loaded)), out[top:bottom, left:right], (top, left)
+
+    def loading_bytes(self, backend: ReadsBases, workspace: int) -> int:
+        """Bytes of the workspace that `pieces` may take for a buffer: none where the base is read as it is."""
+        return 0 if self.base is None or backend.reads(self.base) else workspace // 16
+
     @property
     def dense_base(self) -> torch.Tensor | None:
-        """W0 as a tensor that kernels read where it lies; None without W0, or where it has to be loaded."""
+        """W0 as a tensor that kernels read where it lies; None without W0, and for other forms of it."""
         return None if self.base is None else self.base.dense
 
-    @property
-    def needs_loading(self) -> bool:
-        """Whether W0 has to be loaded before a kernel can read it."""
-        return self.base is not None and self.base.dense is None
 
-    def load_base(self, out: torch.Tensor) -> torch.Tensor | None:
-        """W0 for a kernel that writes W into `out`: where it lies, or else loaded into `out`; None without W0."""
-        if self.base is None:
-            return None
-        dense = self.base.dense
-        if dense is None:
-            self.base.load(out)
-        return out if dense is None else dense
+def _cuts(extent: int, step: int, first: int) -> list[tuple[int, int]]:
+    """(start, stop) of pieces of at most `step` lines, cut at multiples of it, counted from `first` lines before."""
+    edges = [0, *range(step - first, extent, step), extent]
+    return list(pairwise(edges))

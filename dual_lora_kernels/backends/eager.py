@@ -12,7 +12,7 @@ import torch
 
 from ..precision import accumulation_dtype
 from ..rounding import column_hashes, dither_, is_dithered, row_hashes
-from .block import Block, Factors, ParameterGradients
+from .block import Base, Block, Factors, ParameterGradients
 from .grid import TILE, RankProducts, parts, tile_count
 from .interface import Estimator, FusedPasses, Settings, SharedProducts
 from .workers import run, shares, worker_count
@@ -43,6 +43,9 @@ class EagerBackend:
     def why_not_auto(self, device: torch.device) -> str | None:
         return None
 
+    def reads(self, base: Base) -> bool:
+        return base.dense is not None
+
     def weight_temporaries(self, workspace: int) -> int:
         # Fewer, larger parts beat parts that fit in an L2 cache: 1.4 against 1.7 floors a step (docs/decisions.md).
         return workspace // 2
@@ -51,7 +54,11 @@ class EagerBackend:
         return self.weight_temporaries(workspace)
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        weight = block.load_base(out)
+        for own, part, _ in block.pieces(self, out, block.loading_bytes(self, settings.workspace)):
+            self._share(part, own, settings)
+
+    def _share(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
+        weight = block.dense_base
         rows = shares(out.shape[0], TILE, worker_count(out.device), block.row0 % TILE)
         settings = settings._replace(workspace=settings.workspace // len(rows))
         run(

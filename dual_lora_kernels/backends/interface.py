@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .block import Block, Factors, ParameterGradients
+from .block import Base, Block, Factors, ParameterGradients
 
 PANEL_UNIT = 64
 """`Backend.panel_unit` of backends without a reason for another: GPUs load and multiply unaligned columns slower."""
@@ -33,9 +33,9 @@ class Settings(NamedTuple):
 
 
 class FusedPasses(Protocol):
-    """Whole passes as single kernels, for backends that have them. X [M, K], G [M, N]. W0 is dense."""
+    """Whole passes as single kernels, for backends that have them. X [M, K], G [M, N]. W0 is read where it lies."""
 
-    def why_not(self, operation: str, input: torch.Tensor, factors: Factors, settings: Settings) -> str | None:
+    def why_not(self, operation: str, input: torch.Tensor, block: Block, settings: Settings) -> str | None:
         """Why a pass on `input` (X, or G for ``"input_gradient"``) cannot run fused; None where it can.
 
         Operations: ``"forward"``, ``"input_gradient"`` and ``"token_product"`` (H and its contraction).
@@ -76,7 +76,7 @@ class SharedProducts(Protocol):
         gradients: ParameterGradients,
         settings: Settings,
     ) -> None:
-        """`Backend.effective_weight` and `Backend.factor_gradients`; `out` may be `h` itself where W0 is dense."""
+        """`Backend.effective_weight` and `Backend.factor_gradients`; `out` may be `h` itself where W0 is not loaded."""
 
 
 class Backend(Protocol):
@@ -113,6 +113,9 @@ class Backend(Protocol):
 
     def why_not_auto(self, device: torch.device) -> str | None:
         """Why ``"auto"`` leaves the backend to users who name it; None if it may choose it for `device`."""
+
+    def reads(self, base: Base) -> bool:
+        """Whether its kernels read W0 where it lies, in this form; otherwise W0 is loaded first: see `Block.pieces`."""
 
     def weight_temporaries(self, workspace: int) -> int:
         """Bytes of the workspace that `effective_weight` needs for itself, besides the block that it writes."""
