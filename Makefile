@@ -68,7 +68,7 @@ sanitize: $(VENV)/.installed
 	cp -r csrc dual_lora_kernels dual_lora_command.py benchmarks tests setup.py pyproject.toml README.md LICENSE build/sanitize
 	rm -f build/sanitize/dual_lora_kernels/_native*
 	cd build/sanitize && $(SANITIZED) $(abspath $(PYTHON)) setup.py -q build_ext --inplace
-	cd build/sanitize && $(SANITIZED) $(REPORTS) LD_PRELOAD="$(RUNTIMES)" $(abspath $(PYTHON)) -m pytest tests/test_native*.py
+	cd build/sanitize && $(SANITIZED) $(REPORTS) LD_PRELOAD="$(RUNTIMES)" $(abspath $(PYTHON)) -m pytest tests/test_native*.py tests/test_quantised.py
 
 # The kernels need no torch: any Python with setuptools will do.
 cross: $(VENV)/.installed

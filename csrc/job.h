@@ -21,6 +21,21 @@ struct Matrix {
   int64_t col_stride = 0;
 };
 
+// A quantised W0 in which a byte holds two codes of a table: the whole matrix, of rows of `row_length` elements, whose
+// element (row0, col0) is the job's first. Numbers are table[code] · absmax, rounded to `dtype`. `packed` is null where
+// there is none, `nested` where absmax is not quantised itself (dual_lora_kernels/quantised/four_bit.py specifies it).
+struct FourBit {
+  const uint8_t* packed = nullptr;
+  const float* table = nullptr;
+  const float* absmax = nullptr;
+  const uint8_t* nested = nullptr;
+  const float* nested_table = nullptr;
+  const float* nested_absmax = nullptr;
+  float nested_offset = 0;
+  int64_t row0 = 0, col0 = 0, row_length = 0, blocksize = 1, nested_blocksize = 1;
+  Dtype dtype = Dtype::float32;
+};
+
 struct Factors {
   Matrix A, B, C, D;
   double scale;
@@ -64,6 +79,7 @@ struct WeightJob {
   int64_t row0, col0;
   bool dithers;
   bool streams;  // write past the caches, if that is possible
+  FourBit four_bit;  // W0 where `weight` is not
 };
 
 // Partial sums of the factors' gradients from H, of any dtype that the accumulation type holds, and W as well where

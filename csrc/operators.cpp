@@ -3,7 +3,6 @@
 // Built against PyTorch's stable ABI: one binary serves every torch ≥ 2.11 and every Python (docs/decisions.md).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,7 +13,7 @@
 #include <vector>
 
 #include "capability.h"
-#include "job.h"
+#include "views.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -22,82 +21,6 @@
 
 namespace dual_lora {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// ---- tensors into views
-
-const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
-
-Dtype dtype_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false, name, ": got ", name_of(dtype), ", expected float32, float64, bfloat16 or float16");
-  }
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) { return dtype_of(tensor.scalar_type(), name); }
-
-Matrix matrix(const Tensor& tensor, const char* name) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  STD_TORCH_CHECK(sizes.size() == 2, name, ": got ", sizes.size(), " dimensions, expected 2");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  return {tensor.data_ptr(), dtype_of(tensor, name), sizes[0], sizes[1], strides[0], strides[1]};
-}
-
-Matrix matrix(const std::optional<Tensor>& tensor, const char* name) {
-  return tensor.has_value() ? matrix(*tensor, name) : Matrix{};
-}
-
-void check_shape(const Matrix& m, const char* name, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(m.rows == rows && m.cols == cols, name, ": got [", m.rows, ", ", m.cols, "], expected [", rows, ", ",
-                  cols, "]");
-}
-
-// A 0-dim scale, fp32 or fp64; the kernels round it to the type that they multiply it in, as PyTorch does.
-double scalar_of(const Tensor& scale) {
-  STD_TORCH_CHECK(scale.is_cpu() && scale.numel() == 1, "scale: got ", scale.numel(),
-                  " elements, expected one number on the CPU");
-  const Dtype dtype = dtype_of(scale, "scale");
-  STD_TORCH_CHECK(dtype == Dtype::float32 || dtype == Dtype::float64, "scale: got ", name_of(scale.scalar_type()),
-                  ", expected float32 or float64");
-  const void* data = scale.data_ptr();
-  return dtype == Dtype::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-}
-
-using OptionalTensor = std::optional<Tensor>;
-using OptionalOrigin = std::optional<std::vector<int64_t>>;  // of a block in the dither's field; none: no dither
-
-// From A, B, C, D and the scale.
-Factors factors_of(const std::vector<Tensor>& tensors) {
-  STD_TORCH_CHECK(tensors.size() == 5, "factors: got ", tensors.size(), " tensors, expected A, B, C, D and the scale");
-  const Factors factors = {matrix(tensors[0], "A"), matrix(tensors[1], "B"), matrix(tensors[2], "C"),
-                           matrix(tensors[3], "D"), scalar_of(tensors[4])};
-  check_shape(factors.B, "B", factors.B.rows, factors.A.rows);
-  check_shape(factors.C, "C", factors.C.rows, factors.A.cols);
-  check_shape(factors.D, "D", factors.B.rows, factors.C.rows);
-  for (int i = 1; i < 4; ++i)
-    STD_TORCH_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), "A, B, C, D: got ",
-                    name_of(tensors[0].scalar_type()), " and ", name_of(tensors[i].scalar_type()),
-                    ", expected one dtype");
-  return factors;
-}
-
-WeightJob weight_job(const Matrix& out, const OptionalTensor& weight, const Factors& factors, Dtype grid,
-                     const OptionalOrigin& dither) {
-  const Matrix base = matrix(weight, "weight");
-  if (weight.has_value()) check_shape(base, "weight", factors.B.rows, factors.A.cols);
-  STD_TORCH_CHECK(!dither.has_value() || dither->size() == 2, "dither: expected a row and a column");
-  const bool has_dither = grid == Dtype::bfloat16 || grid == Dtype::float16;
-  WeightJob job = {factors, {}, out, base, grid, 0, 0, dither.has_value() && has_dither, false};
-  if (dither.has_value()) job.row0 = (*dither)[0], job.col0 = (*dither)[1];
-  return job;
-}
 
 // ---- units onto threads
 
@@ -120,8 +43,6 @@ void* thread_scratch(size_t bytes) {
 #endif
   return memory.get();
 }
-
-int64_t count(int64_t extent, int64_t step) { return (extent + step - 1) / step; }
 
 // A block cut into units: `chunks` of rows times `strips` of columns.
 struct Grid {
@@ -233,10 +154,11 @@ Dtype rounding_grid(ScalarType grid, const Tensor& out) {
   return dtype_of(grid, "grid");
 }
 
-void effective_weight(const Tensor& out, const OptionalTensor& weight, const std::vector<Tensor>& tensors,
-                      ScalarType rounded_to, const OptionalOrigin& dither) {
+void effective_weight(const Tensor& out, const Tensors& weight, const std::vector<int64_t>& layout,
+                      const Tensors& tensors, ScalarType rounded_to, const OptionalOrigin& dither) {
   const Factors factors = factors_of(tensors);
-  WeightJob job = weight_job(matrix(out, "out"), weight, factors, rounding_grid(rounded_to, out), dither);
+  WeightJob job = weight_job(matrix(out, "out"), base_of(weight, layout, factors), factors,
+                             rounding_grid(rounded_to, out), dither);
   check_shape(job.out, "out", factors.B.rows, factors.A.cols);
   const PackedFactors packed(factors, is_wide(factors), Use::weight);
   job.packed = packed.view;
@@ -376,7 +298,7 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
   }
 }
 
-void factor_gradients(const Tensor& h, const std::vector<Tensor>& tensors, const std::vector<OptionalTensor>& gradients,
+void factor_gradients(const Tensor& h, const Tensors& tensors, const std::vector<OptionalTensor>& gradients,
                       int64_t estimator, double clip_bound, int64_t workspace) {
   WeightJob no_weight = {};
   no_weight.factors = factors_of(tensors);
@@ -384,19 +306,21 @@ void factor_gradients(const Tensor& h, const std::vector<Tensor>& tensors, const
   sweep(no_weight, h, gradients.data(), {static_cast<Estimator>(estimator), clip_bound}, workspace);
 }
 
-void weight_and_factor_gradients(const std::vector<OptionalTensor>& results, const OptionalTensor& weight,
-                                 const Tensor& h, const std::vector<Tensor>& tensors, ScalarType rounded_to,
-                                 const OptionalOrigin& dither, int64_t estimator, double clip_bound, int64_t workspace) {
+void weight_and_factor_gradients(const std::vector<OptionalTensor>& results, const Tensors& weight,
+                                 const std::vector<int64_t>& layout, const Tensor& h, const Tensors& tensors,
+                                 ScalarType rounded_to, const OptionalOrigin& dither, int64_t estimator,
+                                 double clip_bound, int64_t workspace) {
   STD_TORCH_CHECK(results.size() == 5 && results[0].has_value(), "results: expected W and the gradients of A, B, C, D");
   const Factors factors = factors_of(tensors);
   const WeightJob weight_part =
-      weight_job(matrix(results[0], "out"), weight, factors, rounding_grid(rounded_to, *results[0]), dither);
+      weight_job(matrix(results[0], "out"), base_of(weight, layout, factors), factors,
+                 rounding_grid(rounded_to, *results[0]), dither);
   check_shape(weight_part.out, "out", factors.B.rows, factors.A.cols);
   sweep(weight_part, h, results.data() + 1, {static_cast<Estimator>(estimator), clip_bound}, workspace);
 }
 
-void few_tokens(const Tensor& out, const Tensor& input, const OptionalTensor& weight,
-                const std::vector<Tensor>& tensors, const OptionalTensor& bias, bool dither) {
+void few_tokens(const Tensor& out, const Tensor& input, const Tensors& weight, const std::vector<int64_t>& layout,
+                const Tensors& tensors, const OptionalTensor& bias, bool dither) {
   const Factors factors = factors_of(tensors);
   const Matrix x = matrix(input, "input"), y = matrix(out, "out");
   Matrix bias_view;
@@ -412,7 +336,7 @@ void few_tokens(const Tensor& out, const Tensor& input, const OptionalTensor& we
                   ", expected float64 for both or for neither");
   if (x.rows == 0) return;
   const OptionalOrigin origin = dither ? OptionalOrigin({0, 0}) : std::nullopt;
-  TokenJob job = {weight_job({}, weight, factors, x.dtype, origin), x, y, bias_view};
+  TokenJob job = {weight_job({}, base_of(weight, layout, factors), factors, x.dtype, origin), x, y, bias_view};
   const PackedFactors packed(factors, is_wide(factors), Use::weight);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = instruction_set().kernels;
@@ -430,20 +354,21 @@ std::string capability() { return instruction_set().name; }
 }  // namespace dual_lora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
-  // factors: A, B, C, D, scale; grid: the dtype that W is rounded to; dither: where the block begins in the dither's
+  // weight and layout: see base_of; factors: A, B, C, D, scale; grid: the dtype that W is rounded to; dither: where the block begins in the dither's
   // field, none for rounding to nearest.
   m.def(
-      "cpu_effective_weight(Tensor(a!) out, Tensor? weight, Tensor[] factors, ScalarType grid, int[]? dither) -> ()");
+      "cpu_effective_weight(Tensor(a!) out, Tensor[] weight, int[] layout, Tensor[] factors, ScalarType grid, "
+      "int[]? dither) -> ()");
   m.def(
       "cpu_factor_gradients(Tensor h, Tensor[] factors, Tensor(a!)?[] gradients, int estimator, float clip_bound, "
       "int workspace) -> ()");
   // results: W, then the gradients of A, B, C and D.
   m.def(
-      "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor? weight, Tensor h, Tensor[] factors, "
+      "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor[] weight, int[] layout, Tensor h, Tensor[] factors, "
       "ScalarType grid, int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
   m.def(
-      "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor? weight, Tensor[] factors, Tensor? bias, bool dither) "
-      "-> ()");
+      "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor[] weight, int[] layout, Tensor[] factors, Tensor? bias, "
+      "bool dither) -> ()");
   m.def("cpu_capability() -> str");
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formula.h"
+#include "four_bit.h"
 #include "packed_factors.h"
 #include "scratch.h"
 
@@ -57,6 +58,11 @@ class WeightBlock {
     if (!is_direct_) out_ = block(out_block_);
     streams_ = is_direct_ && job_.streams && size_of(out.dtype) == sizeof(T) && is_aligned<V>(out);
     base_ = Matrix{};
+    if (job_.four_bit.packed != nullptr) {
+      dequantise_block<V>(job_.four_bit, row, col_, rows, cols_, base_block_, kStride, padded_cols<V>(cols_));
+      base_ = block(base_block_);
+      return;
+    }
     if (job_.weight.data == nullptr) return;
     base_ = at(job_.weight, row, col_);
     if (is_widened() || is_direct<V>(base_, cols_)) return;

@@ -117,7 +117,9 @@ def test_exact_few_tokens(data: st.DataObject, case: Case, tokens: int) -> None:
     out = place(torch.full((tokens, n), torch.nan, dtype=dtype), case.out_layout)
     before = out._base.clone()
     dithers = case.rounding == "dither" and dtype in (torch.bfloat16, torch.float16)
-    torch.ops.dual_lora_kernels.cpu_few_tokens(out, x, case.weight, case.factors, bias, dithers)
+    torch.ops.dual_lora_kernels.cpu_few_tokens(
+        out, x, [] if case.weight is None else [case.weight], [], case.factors, bias, dithers
+    )
     check(out, before, expected.to(dtype))
 
 

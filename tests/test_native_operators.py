@@ -14,7 +14,7 @@ import torch
 
 import dual_lora_kernels
 from benchmarks.harness.machines import native_kernels
-from dual_lora_kernels.self_check.problems import Problem, exact
+from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
 
 OPS = torch.ops.dual_lora_kernels
 ROOT = Path(__file__).parents[1]
@@ -136,9 +136,9 @@ def _call(operator: str, given: dict[str, Any]) -> None:
     """The operator on these arguments, put into lists as it takes them."""
     factors = [given[name] for name in ("A", "B", "C", "D", "scale")]
     if operator == "cpu_few_tokens":
-        OPS.cpu_few_tokens(given["out"], given["input"], given["weight"], factors, given["bias"], True)
+        OPS.cpu_few_tokens(given["out"], given["input"], [given["weight"]], [], factors, given["bias"], True)
     elif operator == "cpu_effective_weight":
-        OPS.cpu_effective_weight(given["out"], given["weight"], factors, given["grid"], (0, 0))
+        OPS.cpu_effective_weight(given["out"], [given["weight"]], [], factors, given["grid"], (0, 0))
     else:
         gradients = [given[f"grad_{name}"] for name in "ABCD"]
         options = (given["estimator"], given["clip_bound"], given["workspace"])
@@ -147,7 +147,7 @@ def _call(operator: str, given: dict[str, Any]) -> None:
         else:
             results = [given["out"], *gradients]
             dither = given["grid"], (0, 0)
-            OPS.cpu_weight_and_factor_gradients(results, given["weight"], given["h"], factors, *dither, *options)
+            OPS.cpu_weight_and_factor_gradients(results, [given["weight"]], [], given["h"], factors, *dither, *options)
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,37 @@ def test_bad_arguments_are_named_before_anything_is_written(
             assert not value.any(), name
 
 
+def test_quantised_weights_that_do_not_fit_are_refused() -> None:
+    """Before anything is read: tensors too short for the layout, of other dtypes, or for another number of columns."""
+    factors = (*gaussian(1, 20, 30, 4, 2).factors,)
+    out = torch.zeros(20, 30)
+    packed, table, absmax = torch.zeros(300, dtype=torch.uint8), torch.zeros(16), torch.zeros(10)
+    fits = [0, 0, 30, 64, 0, 1]
+    OPS.cpu_effective_weight(out, [packed, table, absmax], fits, factors, torch.float32, None)
+    for tensors, layout, message in (
+        ([packed[:299], table, absmax], fits, "packed: got 299 elements of Byte, expected at least 300"),
+        ([packed.char(), table, absmax], fits, "packed: got 300 elements of Char"),
+        ([packed, table[:15], absmax], fits, "table: got 15 elements"),
+        ([packed, table, absmax[:9]], fits, "absmax: got 9 elements of Float, expected at least 10"),
+        ([packed, table, absmax.double()], fits, "absmax: got 10 elements of Double"),
+        ([packed, table, absmax], [1, *fits[1:]], "packed: got 300 elements of Byte, expected at least 315"),
+        ([packed, table, absmax], [0, 1, *fits[2:]], "do not fit each other or the factors"),
+        ([packed, table, absmax], [*fits[:4], 256, 1], "do not fit each other or the factors"),
+        ([packed, table, absmax], fits[:5], "do not fit each other or the factors"),
+        ([packed, table, absmax], [*fits[:5], 3], "do not fit each other or the factors"),
+        ([packed, table], [], "weight: got 2 tensors, expected one, or a layout"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.cpu_effective_weight(out.fill_(7), tensors, layout, factors, torch.float32, None)
+        assert bool((out == 7).all())
+
+
 def test_lists_of_the_wrong_length_are_refused() -> None:
     given = _arguments("cpu_factor_gradients", PROBLEM)
     factors, gradients = list(PROBLEM.factors), [given[f"grad_{name}"] for name in "ABCD"]
     with pytest.raises(RuntimeError, match="factors: got 4 tensors, expected A, B, C, D and the scale"):
-        OPS.cpu_effective_weight(given["out"], None, factors[:4], torch.float32, None)
+        OPS.cpu_effective_weight(given["out"], [], [], factors[:4], torch.float32, None)
     with pytest.raises(RuntimeError, match="gradients: got 3, expected those of A, B, C and D"):
         OPS.cpu_factor_gradients(given["h"], factors, gradients[:3], 0, 1.0, 1 << 20)
     with pytest.raises(RuntimeError, match="dither: expected a row and a column"):
-        OPS.cpu_effective_weight(given["out"], None, factors, torch.float32, (0,))
+        OPS.cpu_effective_weight(given["out"], [], [], factors, torch.float32, (0,))

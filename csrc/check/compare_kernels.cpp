@@ -96,6 +96,7 @@ struct Shape {
 struct Options {
   Dtype factors, weight, out, grid, h;
   bool has_weight, dithers, has_bias;
+  bool four_bit, nested;  // W0 in four bits, with its absmax quantised
   Layout layout, out_layout;
   Estimator estimator;
   int64_t unit_rows, unit_cols;
@@ -158,8 +159,32 @@ void for_each_unit(const Shape& shape, const Options& options, const F& run) {
                       std::min(options.unit_cols, shape.cols - col)});
 }
 
+// A quantised W0 around a block: rows begin anywhere in a byte and in a block of 32. All numbers are exact.
+struct FourBitMemory {
+  std::vector<uint8_t> packed, codes;
+  std::vector<float> table, absmax, nested_table, nested_absmax;
+  FourBit view;
+
+  FourBitMemory(const Shape& shape, Dtype dtype, bool nested) {
+    const int64_t row0 = draw(0, 3), col0 = draw(0, 5), row_length = col0 + shape.cols + draw(0, 4);
+    const int64_t count = (row0 + shape.rows) * row_length, blocks = count / 32 + 1;
+    for (int64_t i = 0; i < (count + 1) / 2; ++i) packed.push_back(static_cast<uint8_t>(draw(0, 255)));
+    for (int i = 0; i < 16; ++i) table.push_back(static_cast<float>(i - 8) / 8);
+    for (int64_t i = 0; i < blocks; ++i) codes.push_back(static_cast<uint8_t>(draw(0, 255)));
+    for (int64_t i = 0; i < blocks; ++i) absmax.push_back(static_cast<float>(draw(1, 4)));
+    for (int i = 0; i < 256; ++i) nested_table.push_back(static_cast<float>(i % 4) / 2);
+    for (int64_t i = 0; i < blocks / 256 + 1; ++i) nested_absmax.push_back(static_cast<float>(draw(1, 4)));
+    view.packed = packed.data(), view.table = table.data(), view.absmax = absmax.data();
+    if (nested) view.nested = codes.data();
+    view.nested_table = nested_table.data(), view.nested_absmax = nested_absmax.data(), view.nested_offset = 0.5f;
+    view.row0 = row0, view.col0 = col0, view.row_length = row_length, view.blocksize = 32, view.nested_blocksize = 256;
+    view.dtype = dtype == Dtype::float64 ? Dtype::float32 : dtype;
+  }
+};
+
 struct Inputs {
   Owned A, B, C, D, weight, h, x, bias;
+  FourBitMemory four_bit;
   Factors factors;
 
   Inputs(const Shape& shape, const Options& o)
@@ -171,6 +196,7 @@ struct Inputs {
         h(o.h, shape.rows, shape.cols, o.layout),
         x(o.out, shape.tokens, shape.cols, o.layout),
         bias(o.weight, 1, shape.rows, o.layout),
+        four_bit(shape, o.weight, o.nested),
         // With H in bf16, ∂P and ∂Q are rounded to it where the processor multiplies pairs: 8 bits must be enough.
         factors{o.h == Dtype::bfloat16 ? A.fill(1, 1).view : A.fill(3, 0.5).view,
                 o.h == Dtype::bfloat16 ? B.fill(1, 1).view : B.fill(3, 0.5).view,
@@ -191,8 +217,9 @@ void run(const KernelTable& kernels, const Shape& shape, const Options& options,
   const PackedMemory packed(kernels, factors, wide), wide_packed(kernels, factors, true);
 
   const Matrix weight = options.has_weight ? inputs.weight.view : Matrix{};
-  const WeightJob job = {factors, packed.view, results.weight.view, weight, options.grid,
-                         3,       int64_t{1} << 33, options.dithers, true};
+  const WeightJob job = {factors, packed.view,     results.weight.view, weight, options.grid,
+                         3,       int64_t{1} << 33, options.dithers,     true,
+                         options.four_bit ? inputs.four_bit.view : FourBit{}};
   const Memory scratch(kernels.weight_scratch(job));
   for_each_unit(shape, options, [&](int64_t, Range range) { kernels.weight(job, range, scratch.data()); });
 
@@ -227,14 +254,16 @@ int compare(const InstructionSet& set, const InstructionSet& reference) {
   for (const Shape& shape : shapes) {
     for (Dtype factor : kDtypes) {
       for (Dtype out : kDtypes) {
-        for (int variant = 0; variant < 12; ++variant) {
+        for (int variant = 0; variant < 16; ++variant) {
           Options o;
           o.factors = factor;
           o.out = out;
           o.weight = kDtypes[variant % 4];
           o.h = factor == Dtype::float64 || variant % 3 == 0 ? Dtype::float64 : kDtypes[variant % 3 == 1 ? 0 : variant % 4];
           o.grid = out == Dtype::float32 && variant % 4 > 1 ? kDtypes[variant % 4] : out;
-          o.has_weight = variant != 7;
+          o.four_bit = variant >= 12;
+          o.nested = variant % 2 == 0;
+          o.has_weight = variant != 7 && !o.four_bit;
           o.dithers = variant % 3 != 1 && size_of(o.grid) == 2;
           o.has_bias = variant % 5 != 0;
           o.layout = static_cast<Layout>(draw(0, 2));

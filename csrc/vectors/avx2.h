@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace dual_lora::avx2 {
 namespace {
@@ -21,6 +22,17 @@ struct F32 {
   void stream(float* p) const { _mm256_stream_ps(p, v); }
   static F32 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  // table[code] of as many codes as a vector has lanes, two a byte, the first in the upper half.
+  static F32 look_up(const float* table, const uint8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, sizeof four);
+    const __m128i bytes = _mm_cvtsi32_si128(four), nibble = _mm_set1_epi8(15);
+    const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), second = _mm_and_si128(bytes, nibble);
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));  // its low three bits permute
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+                 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)))};
   }
   void store_half(uint16_t* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));

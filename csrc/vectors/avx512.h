@@ -22,6 +22,13 @@ struct F32 {
   static F32 load_half(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
+  // table[code] of as many codes as a vector has lanes, two a byte, the first in the upper half.
+  static F32 look_up(const float* table, const uint8_t* codes) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)), nibble = _mm_set1_epi8(15);
+    const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble), second = _mm_and_si128(bytes, nibble);
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(first, second));
+    return {_mm512_permutexvar_ps(index, _mm512_loadu_ps(table))};
+  }
   void store_half(uint16_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }

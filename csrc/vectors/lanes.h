@@ -49,6 +49,12 @@ struct Lanes {
     for (int i = 0; i < n; ++i) x.v[i] = half_to_float(p[i]);
     return x;
   }
+  // table[code] of n codes, two a byte, the first in the upper half.
+  static Lanes look_up(const float* table, const uint8_t* codes) {
+    Lanes x;
+    for (int i = 0; i < n; ++i) x.v[i] = table[(i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2]) & 15];
+    return x;
+  }
   void store_half(uint16_t* p) const {
     for (int i = 0; i < n; ++i) p[i] = half_nearest(v[i]);
   }

@@ -19,6 +19,11 @@ struct F32 {
   void store(float* p) const { vst1q_f32(p, v); }
   void stream(float* p) const { store(p); }
   static F32 load_half(const uint16_t* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))}; }
+  // table[code] of as many codes as a vector has lanes, two a byte, the first in the upper half.
+  static F32 look_up(const float* table, const uint8_t* codes) {
+    const float numbers[] = {table[codes[0] >> 4], table[codes[0] & 15], table[codes[1] >> 4], table[codes[1] & 15]};
+    return load(numbers);
+  }
   void store_half(uint16_t* p) const { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
   F32 nearest_half() const { return {vcvt_f32_f16(vcvt_f16_f32(v))}; }
   static F32 load_bfloat16(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }

@@ -7,14 +7,16 @@ first call; nothing here needs it before.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..quantised.four_bit import FourBitWeight
 from ..rounding import is_dithered
-from .block import Block, Factors, ParameterGradients
+from .block import Base, Block, DenseBase, Factors, ParameterGradients
 from .interface import PANEL_UNIT, Estimator, Settings
 
 _PACKAGE = Path(__file__).parents[1]
@@ -30,6 +32,8 @@ _OPERATORS = (
 _ops: Any = torch.ops.dual_lora_kernels
 _ESTIMATORS = {"clip": 0, "dorefa": 1, "xnor": 2}
 """Numbers as in csrc/job.h."""
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers as in csrc/views.h."""
 
 
 class NativeBackend:
@@ -61,6 +65,9 @@ class NativeBackend:
         """What runs, in words."""
         return f"{_ops.cpu_capability()} kernels on {torch.get_num_threads()} threads"
 
+    def reads(self, base: Base) -> bool:
+        return isinstance(base, DenseBase | FourBitWeight)
+
     def weight_temporaries(self, workspace: int) -> int:
         return workspace // 4  # it needs none, but its speed was measured with panels of three quarters
 
@@ -68,7 +75,8 @@ class NativeBackend:
         return workspace // 4  # partial sums of the factors' gradients
 
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
-        _ops.cpu_effective_weight(out, block.load_base(out), block.factors, block.dtype, _dither(block))
+        for own, part, _ in block.pieces(self, out, block.loading_bytes(self, settings.workspace)):
+            _ops.cpu_effective_weight(part, *_tensors(own.base), own.factors, own.dtype, _dither(own))
 
     def factor_gradients(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
@@ -86,20 +94,25 @@ class NativeBackend:
         settings: Settings,
     ) -> None:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
-        results, weight = (out, *gradients[:4]), block.load_base(out)
-        _ops.cpu_weight_and_factor_gradients(
-            results, weight, h, block.factors, block.dtype, _dither(block), kind, estimator.bound, budget
-        )
+        for own, part, (top, left) in block.pieces(self, out, block.loading_bytes(self, settings.workspace)):
+            (rows, columns), targets = own.shape, gradients
+            if own.shape != block.shape:
+                targets = gradients.rows(top, top + rows).columns(left, left + columns)
+            own_h = h[top : top + rows, left : left + columns]
+            _ops.cpu_weight_and_factor_gradients(
+                (part, *targets[:4]), *_tensors(own.base), own_h, own.factors, own.dtype, _dither(own), kind,
+                estimator.bound, budget,
+            )  # fmt: skip
 
 
 class NativeFewTokens:
     """The forward pass for a few tokens as one kernel, which reads W0 once and writes no W."""
 
-    def why_not(self, operation: str, input: torch.Tensor, factors: Factors, settings: Settings) -> str | None:
+    def why_not(self, operation: str, input: torch.Tensor, block: Block, settings: Settings) -> str | None:
         if operation != "forward":
             return "only its forward pass has a kernel of its own"
-        if (input.dtype == torch.float64) != (factors.A.dtype == torch.float64):
-            return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
+        if (input.dtype == torch.float64) != (block.factors.A.dtype == torch.float64):
+            return f"input of {input.dtype} with factors of {block.factors.A.dtype} accumulates in two dtypes"
         return None
 
     def preferred(self, operation: str, input: torch.Tensor) -> bool:
@@ -110,7 +123,7 @@ class NativeFewTokens:
     ) -> torch.Tensor:
         out = input.new_empty(input.shape[0], block.shape[0])
         dithers = is_dithered(block.dtype, block.rounding)
-        _ops.cpu_few_tokens(out, input, block.dense_base, block.factors, bias, dithers)
+        _ops.cpu_few_tokens(out, input, *_tensors(block.base), block.factors, bias, dithers)
         return out
 
     def token_product(self, *args: Any) -> None:
@@ -156,6 +169,20 @@ def _is_whole(library: Path) -> bool:
         file.seek(offset)
         sections = file.read(size * count)
     return len(sections) == size * count and any(sections[-size:])
+
+
+def _tensors(base: Base | None) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+    """W0 as the operators take it: its tensors, and what they mean where it is not dense."""
+    if base is None:
+        return (), ()
+    if isinstance(base, FourBitWeight):
+        layout = base.layout
+        return base.tensors, (
+            layout.row0, layout.col0, layout.row_length, layout.blocksize, layout.nested_blocksize,
+            _DTYPES[layout.dtype],
+        )  # fmt: skip
+    assert base.dense is not None, "it has been loaded"
+    return (base.dense,), ()
 
 
 def _dither(block: Block) -> tuple[int, int] | None:
