@@ -48,7 +48,7 @@ def _launches(
     gradients, partials = ParameterGradients(*factors[:4]), (up, down)
     block = Block(base_of(weight), factors, "dither", dtype, 3, 5)
     hashes = Hashes(_meta(8, dtype=torch.int32), _meta(8, dtype=torch.int32))
-    yield launches.effective_weight(_meta(n, k, dtype=dtype), weight, block, hashes, shapes.effective_weight, chip)
+    yield launches.effective_weight(_meta(n, k, dtype=dtype), block, hashes, shapes.effective_weight, chip)
     yield launches.factor_gradients(
         _meta(n, k, dtype=wide), block, Estimator("xnor", 1.0), gradients, partials, shapes.factor_gradients, chip
     )

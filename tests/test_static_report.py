@@ -198,6 +198,7 @@ def clean_row() -> Row:
         step=dict.fromkeys(CLASSES, 1),
         whole=False,
         masks="none",
+        four_bit=False,
         step_spills=0,
         issue_slots_per_element=None,
         issue_per_tensor_cycle=0.73,

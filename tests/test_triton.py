@@ -62,7 +62,7 @@ def test_panels_of_every_shipped_shape(device: torch.device, dtype: torch.dtype,
         problem = make(1, rows, columns, 5, 20, dtype=dtype, device=device)
         out = torch.empty_like(problem.weight)
         block = problem.block()
-        launches.effective_weight(out, problem.weight, block, _hashes(problem), shape, _chip(device)).run()
+        launches.effective_weight(out, block, _hashes(problem), shape, _chip(device)).run()
         if make is exact:
             expected = reference.effective_weight(problem.weight, *problem.factors, dtype, "dither")
         else:
@@ -252,8 +252,9 @@ def test_shards_use_the_whole_weights_dither(device: torch.device) -> None:
     problem = gaussian(1, 50, 60, 4, 4, dtype=torch.bfloat16, device=device)
     problem.scale.fill_(1e-4)
     whole, part = torch.empty_like(problem.weight), torch.empty_like(problem.weight[17:, 21:])
-    execute.effective_weight(whole, problem.block())
-    execute.effective_weight(part, problem.block().rows(17, 50).columns(21, 60))
+    block = problem.block()
+    execute.effective_weight(whole, block)
+    execute.effective_weight(part, block.rows(17, 50).columns(21, 60))
     assert torch.equal(part, whole[17:, 21:])
 
 

@@ -28,7 +28,7 @@ HASHES = Hashes(torch.zeros(2048, dtype=torch.int32), torch.zeros(2048, dtype=to
 
 def _effective_weight(problem: Problem) -> Launch:
     out = torch.empty_like(problem.weight)
-    return launches.effective_weight(out, problem.weight, problem.block(), HASHES, SHAPES.effective_weight, CHIP)
+    return launches.effective_weight(out, problem.block(), HASHES, SHAPES.effective_weight, CHIP)
 
 
 def _factor_gradients(problem: Problem) -> Launch:
@@ -116,9 +116,7 @@ def test_settings_of_a_launch_are_told_apart(launched: list[Any]) -> None:
     problem = gaussian(8, 256, 320, 16, 16, dtype=torch.bfloat16)
     out = torch.empty_like(problem.weight)
     for rounding in ("dither", "nearest"):
-        launches.effective_weight(
-            out, problem.weight, problem.block(rounding), HASHES, SHAPES.effective_weight, CHIP
-        ).run()
+        launches.effective_weight(out, problem.block(rounding), HASHES, SHAPES.effective_weight, CHIP).run()
     gradients, partials = ParameterGradients(*problem.factors[:4]), (torch.zeros(4, 4, 4), torch.zeros(4, 4, 4))
     h = torch.zeros(problem.weight.shape)
     for estimator in (ESTIMATOR, Estimator("clip", 2.0), Estimator("xnor", 1.0)):

@@ -49,7 +49,11 @@ def renewed(document: dict[str, Any], table: dict[str, Shapes] = TABLE) -> dict[
     def of(family: str, kernel: str, shape: PanelShape | ProductShape) -> PanelShape | ProductShape:
         if not shape.source.startswith(STATIC):
             return shape
-        cases = [case for case in shipped_cases([family], [kernel], table, masks=["none"]) if case.shape == shape]
+        cases = [
+            case
+            for case in shipped_cases([family], [kernel], table, masks=["none"])
+            if case.shape == shape and not case.four_bit
+        ]
         own = [rows[family, case.name, getattr(shape, "up_to", None)] for case in cases]
         return dataclasses.replace(shape, source=origin(own, triton))
 

@@ -14,6 +14,7 @@ from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.launch import Launch
 from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
 from dual_lora_kernels.precision import accumulation_dtype
+from dual_lora_kernels.quantised.four_bit import FourBitLayout, FourBitWeight
 from dual_lora_kernels.tuning.kernel_calls import RANK
 
 from ..harness.environment import DTYPE_NAMES
@@ -55,6 +56,8 @@ class Case:
     factor_dtype: torch.dtype
     rank: int = RANK
     masks: str = "none"
+    four_bit: bool = False
+    """W0 is NF4 with double quantisation, read and dequantised inside the kernel."""
 
     @property
     def tokens(self) -> int:
@@ -81,7 +84,9 @@ class Case:
         dtypes = f"{dtype_name(self.compute_dtype)}/{dtype_name(self.factor_dtype)}"
         rank = "" if self.rank == RANK else f" r{self.rank}"
         masks = "" if self.masks == "none" else f", {self.masks} masked"
-        return f"{self.chip} {self.kernel} {dtypes}{rank} {self.tile} {self.shape.warps}w {self.shape.stages}s{masks}"
+        storage = " nf4" if self.four_bit else ""
+        shape = f"{self.tile} {self.shape.warps}w {self.shape.stages}s"
+        return f"{self.chip} {self.kernel}{storage} {dtypes}{rank} {shape}{masks}"
 
     def launch(self) -> Launch:
         """The kernel's launch for a weight and tokens of its sizes and factors of its rank."""
@@ -94,7 +99,8 @@ class Case:
         )  # fmt: skip
         hashes = Hashes(_meta(_HASH_LENGTH, dtype=torch.int32), _meta(_HASH_LENGTH, dtype=torch.int32))
         weight = _meta(rows, columns, dtype=compute)
-        block = Block(DenseBase(weight), factors, "dither", compute)
+        base = _four_bit_weight(rows, columns, compute) if self.four_bit else DenseBase(weight)
+        block = Block(base, factors, "dither", compute)
         inputs, outputs = (_meta(self.tokens, features, dtype=compute) for features in (columns, rows))
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)
@@ -106,7 +112,7 @@ class Case:
             return launches.weight_product(self.kernel, result, source, block, None, hashes, self.shape, chip, split)
         if self.kernel == "effective_weight":
             assert isinstance(self.shape, PanelShape)
-            return launches.effective_weight(weight, weight, block, hashes, self.shape, chip)
+            return launches.effective_weight(weight, block, hashes, self.shape, chip)
         gradients, estimator = ParameterGradients(*factors[:4]), Estimator("clip", 1.0)
         wide = accumulation_dtype(compute)
         if self.kernel == SUM_KERNEL:
@@ -146,6 +152,12 @@ def shipped_cases(
         for mask in masked:
             if mask in masks:
                 yield replace(case, masks=mask, rank=MASKED_RANKS[case.rank])
+        if _has_four_bit_twin(case):
+            twin = replace(case, four_bit=True)
+            if "none" in masks:
+                yield twin
+            if "all" in masks and isinstance(case.shape, PanelShape):
+                yield replace(twin, masks="all", rank=MASKED_RANKS[case.rank])
 
 
 def sum_cases(families: Sequence[str] = FAMILIES) -> Iterator[Case]:
@@ -156,6 +168,25 @@ def sum_cases(families: Sequence[str] = FAMILIES) -> Iterator[Case]:
         for chip in WIDE_TARGETS if family in WIDE_FAMILIES else (family,):
             case = Case(family, chip, SUM_KERNEL, shape, dtype, dtype)
             yield from (case, replace(case, masks="all", rank=MASKED_RANKS[RANK]))
+
+
+def _has_four_bit_twin(case: Case) -> bool:
+    """Whether NF4 is compiled for a case as well: as QLoRA has it, with 16-bit computation and fp32 factors."""
+    makes_weight = case.kernel in ("effective_weight", "forward", "input_gradient")
+    usual = case.compute_dtype.itemsize == 2 and case.factor_dtype == torch.float32 and case.rank == RANK
+    return makes_weight and usual
+
+
+def _four_bit_weight(rows: int, columns: int, dtype: torch.dtype) -> FourBitWeight:
+    """NF4 as bitsandbytes makes it by default, with blocks of 64 and absmax in blocks of 256."""
+    blocks = launches.ceil_div(rows * columns, 64)
+    packed, absmax = (_meta(size, dtype=torch.uint8) for size in (rows * columns // 2, blocks))
+    table, nested_table, nested = (
+        _meta(size, dtype=torch.float32) for size in (16, 256, launches.ceil_div(blocks, 256))
+    )
+    offset = _meta(dtype=torch.float32)
+    layout = FourBitLayout((rows, columns), 0, 0, dtype, columns, 64, 256)
+    return FourBitWeight((packed, table, absmax, nested_table, nested, offset), layout)
 
 
 def _unmasked_cases(families: Sequence[str], kernels: Sequence[str], table: dict[str, Shapes]) -> Iterator[Case]:

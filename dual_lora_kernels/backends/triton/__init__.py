@@ -10,7 +10,8 @@ from functools import cache
 import torch
 from torch.torch_version import TorchVersion
 
-from ..block import Block, Factors, ParameterGradients
+from ...quantised.four_bit import FourBitWeight
+from ..block import Base, Block, DenseBase, Factors, ParameterGradients
 from ..interface import PANEL_UNIT, Estimator, FusedPasses, Settings, SharedProducts
 
 LEAST_TRITON = (3, 6)
@@ -48,6 +49,14 @@ class TritonBackend:
     def why_not_auto(self, device: torch.device) -> str | None:
         return "Triton's interpreter is for tests" if device.type == "cpu" else None
 
+    def reads(self, base: Base) -> bool:
+        if isinstance(base, FourBitWeight):  # a byte holds two neighbours of one row, and blocks are shifts
+            layout = base.layout
+            sizes = (layout.blocksize, layout.nested_blocksize)
+            are_powers = all(size & (size - 1) == 0 and size != 1 for size in sizes)
+            return layout.row_length % 2 == 0 and layout.col0 % 2 == 0 and are_powers
+        return isinstance(base, DenseBase)
+
     def weight_temporaries(self, workspace: int) -> int:
         return 0
 
@@ -60,7 +69,8 @@ class TritonBackend:
     def effective_weight(self, out: torch.Tensor, block: Block, settings: Settings) -> None:
         from . import execute
 
-        execute.effective_weight(out, block)
+        for own, part, _ in block.pieces(self, out, block.loading_bytes(self, settings.workspace)):
+            execute.effective_weight(part, own)
 
     def factor_gradients(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings

@@ -32,6 +32,23 @@ class Hashes(NamedTuple):
     columns: Any
 
 
+class FourBitMatrix(NamedTuple):
+    """W0 as `quantised.four_bit` keeps it: pointers to its tensors, and which block it is.
+
+    Element (i, j) is number first + i · row_length + j of the flattened matrix; both numbers are even. Without double
+    quantisation the last four pointers are not read.
+    """
+
+    packed: Any
+    table: Any
+    absmax: Any
+    nested_table: Any
+    nested_absmax: Any
+    offset: Any
+    first: Any
+    row_length: Any
+
+
 class Constants(NamedTuple):
     """What a kernel is compiled for. Fields are flat, because Triton 3.6 does not compile nested ones.
 
@@ -65,6 +82,14 @@ class Constants(NamedTuple):
     compute: Any = None
     """The type of W0 + ΔW before rounding."""
     canonical_nan: bool = False
+    block_shift: int = 0
+    """Blocks of a `FourBitMatrix` have 2 to this power of elements; 0 for a dense W0."""
+    nested_shift: int = 0
+    """The same of blocks of absmax; 0 where that is not quantised."""
+    block_in_row: bool = False
+    """A row of a tile lies within one block of a `FourBitMatrix`, and so has one absmax."""
+    base: Any = None
+    """The type that a `FourBitMatrix` is dequantised to."""
     # Products with the tokens: Y, ∂X, H
     block_tokens: int = 0
     mask_tokens: bool = False

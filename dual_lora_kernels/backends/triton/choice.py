@@ -14,22 +14,22 @@ from __future__ import annotations
 import torch
 
 from ...precision import accumulation_dtype
-from ..block import Factors
+from ..block import Block
 from ..interface import Settings
 from .architecture import Architecture, architecture
 from .execute import fused_rank_limit, least_token_product_bytes, why_unfit
 
 
-def why_not(operation: str, input: torch.Tensor, factors: Factors, settings: Settings) -> str | None:
+def why_not(operation: str, input: torch.Tensor, block: Block, settings: Settings) -> str | None:
     """See `FusedPasses.why_not`."""
-    ranks = factors.ranks
+    factors, ranks = block.factors, block.factors.ranks
     if accumulation_dtype(input.dtype) != accumulation_dtype(factors.A.dtype):
         return f"input of {input.dtype} with factors of {factors.A.dtype} accumulates in two dtypes"
     if max(ranks) > (limit := fused_rank_limit(input)):
         return f"ranks {ranks[0]} and {ranks[1]} exceed {limit}, up to which fused kernels fit this chip"
     if operation == "token_product" and (needed := least_token_product_bytes(input, factors)) > settings.workspace:
         return f"one row of tiles needs {needed} bytes of partial sums, the workspace has {settings.workspace}"
-    return why_unfit(operation, input, factors)
+    return why_unfit(operation, input, factors, block.base)
 
 
 def preferred(operation: str, input: torch.Tensor) -> bool:

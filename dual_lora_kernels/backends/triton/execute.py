@@ -13,7 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from ...precision import accumulation_dtype
-from ..block import Block, Factors, ParameterGradients
+from ..block import Base, Block, Factors, ParameterGradients
 from ..interface import DoesNotFit, Estimator, Settings
 from . import launches
 from .architecture import Architecture, architecture
@@ -29,15 +29,14 @@ _unfit: dict[tuple[object, ...], str] = {}
 
 
 def effective_weight(out: torch.Tensor, block: Block) -> None:
-    """See `Backend.effective_weight`."""
+    """See `Backend.effective_weight`; the block's base is in a form that the kernels read."""
     if out.numel() == 0:
         return
-    weight = block.load_base(out)
     row0, col0 = block.origin
     own_hashes = hashes(out, block.rounding, row0 + out.shape[0], col0 + out.shape[1])
     chip = _architecture(out.device)
     shape = chip.shapes(out.itemsize).effective_weight
-    launches.effective_weight(out, weight, block, own_hashes, shape, chip).run()
+    launches.effective_weight(out, block, own_hashes, shape, chip).run()
 
 
 def factor_gradients(
@@ -76,7 +75,7 @@ def weight_product(
         split = launches.SplitSum(partials, counters(input.device, tiles))
     own_hashes = hashes(input, block.rounding, out_features, in_features)
     launch = launches.weight_product(operation, result, input, block, bias, own_hashes, shape, chip, split)
-    _run_fitting(launch, operation, input, block.factors)
+    _run_fitting(launch, operation, input, block.factors, block.base)
     return result
 
 
@@ -98,7 +97,7 @@ def token_product(
         own, into = factors.rows(start, stop), gradients.rows(start, stop)
         partials = _partials(input.new_empty(0, dtype=wide), (stop - start, extent[1]), ranks, tile, None)
         launch = launches.token_product(grad[:, start:stop], input, own, estimator, into, partials, shape, chip)
-        _run_fitting(launch, "token_product", input, factors)
+        _run_fitting(launch, "token_product", input, factors, None)
         launches.add_partials(into, own.ranks, partials).run()
 
 
@@ -116,12 +115,12 @@ def least_token_product_bytes(input: torch.Tensor, factors: Factors) -> int:
     return itemsize * sum(map(math.prod, shapes))
 
 
-def why_unfit(operation: str, input: torch.Tensor, factors: Factors) -> str | None:
+def why_unfit(operation: str, input: torch.Tensor, factors: Factors, base: Base | None) -> str | None:
     """Why this chip has refused such a fused kernel, if it has; see `_run_fitting`."""
-    return _unfit.get(_fit_key(operation, input, factors))
+    return _unfit.get(_fit_key(operation, input, factors, base))
 
 
-def _run_fitting(launch: Launch, operation: str, input: torch.Tensor, factors: Factors) -> None:
+def _run_fitting(launch: Launch, operation: str, input: torch.Tensor, factors: Factors, base: Base | None) -> None:
     """Run a fused kernel, or remember that it does not fit: what a Triton version needs is known once it compiles.
 
     Raises `DoesNotFit` before the kernel has written anything. The table's shapes fit with the versions that
@@ -131,12 +130,12 @@ def _run_fitting(launch: Launch, operation: str, input: torch.Tensor, factors: F
         launch.run()
     except OutOfResources as error:
         reason = f"its kernel does not fit this chip ({error})"
-        _unfit[_fit_key(operation, input, factors)] = reason
+        _unfit[_fit_key(operation, input, factors, base)] = reason
         _logger.warning("backend 'triton', %s of %d tokens: %s; panels run", operation, input.shape[0], reason)
         raise DoesNotFit(reason) from error
 
 
-def _fit_key(operation: str, input: torch.Tensor, factors: Factors) -> tuple[object, ...]:
+def _fit_key(operation: str, input: torch.Tensor, factors: Factors, base: Base | None) -> tuple[object, ...]:
     """What decides which kernel is compiled, but for masks."""
     shapes = _architecture(input.device).shapes(input.itemsize)
     out_features, in_features = factors.B.shape[0], factors.A.shape[1]
@@ -146,7 +145,8 @@ def _fit_key(operation: str, input: torch.Tensor, factors: Factors) -> tuple[obj
         sizes = (in_features, out_features) if operation == "input_gradient" else (out_features, in_features)
         shape = shapes.weight_product(operation, input.shape[0], *sizes)
     blocks = (launches.rank_block(factor.shape[0]) for factor in (factors.A, factors.C))
-    return (operation, shape, input.device, input.dtype, factors.A.dtype, *blocks)
+    kind = None if operation == "token_product" else launches.base_kind(base)  # H and its contraction read no W0
+    return (operation, shape, input.device, input.dtype, factors.A.dtype, *blocks, kind)
 
 
 def _architecture(device: torch.device) -> Architecture:

@@ -38,7 +38,8 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
     MASK_K: tl.constexpr = T.mask_rows if T.transposed else T.mask_columns
     token_tiles = tl.cdiv(out.rows, BLOCK_M)
     m = tl.program_id(0) % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) // token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tl.program_id(0) // token_tiles * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * split_length
     stop = tl.minimum(start + split_length, input.columns)
     inside = (m < out.rows)[:, None] & (n < out.columns)[None, :]
@@ -53,10 +54,11 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
         if T.wide:
             k = k.to(tl.int64)
         x = load(input, m, k, out.rows, stop, T.mask_tokens, MASK_K)
-        row, column, shape = n, k, (out.columns, stop)
+        row, column, first_column, shape = n, k, position, (out.columns, stop)
         if T.transposed:
-            row, column, shape = k, n, (stop, out.columns)
-        tile = effective_tile(weight, matrices, hashes, scale, row, column, shape, input.pointer.dtype.element_ty, T)
+            row, column, first_column, shape = k, n, first_n, (stop, out.columns)
+        dtype: tl.constexpr = input.pointer.dtype.element_ty
+        tile = effective_tile(weight, matrices, hashes, scale, row, column, first_column, shape, dtype, T)
         if not T.transposed:
             tile = tl.trans(tile)
         accumulator = dot(x, tile, accumulator, PRECISION, T.interpreted)

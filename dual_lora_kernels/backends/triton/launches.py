@@ -13,11 +13,12 @@ import torch
 import triton.language as tl
 
 from ...precision import accumulation_dtype
+from ...quantised.four_bit import FourBitWeight
 from ...rounding import is_dithered
-from ..block import Block, Factors, ParameterGradients
+from ..block import Base, Block, Factors, ParameterGradients
 from ..interface import Estimator
 from .architecture import Architecture, is_interpreted
-from .arguments import Constants, FactorMatrices, Hashes, SumConstants
+from .arguments import Constants, FactorMatrices, FourBitMatrix, Hashes, SumConstants
 from .contraction import add_partials_kernel
 from .fused_kernels import token_product_kernel, weight_product_kernel
 from .launch import Launch, Plan
@@ -61,16 +62,17 @@ def rank_block(rank: int) -> RankBlock:
     return RankBlock(block, slices, slices * block != rank)
 
 
-def effective_weight(
-    out: torch.Tensor, weight: torch.Tensor | None, block: Block, hashes: Hashes, shape: PanelShape, chip: Architecture
-) -> Launch:
-    """W of one block into `out` [rows, columns]; `weight` is its W0."""
+def effective_weight(out: torch.Tensor, block: Block, hashes: Hashes, shape: PanelShape, chip: Architecture) -> Launch:
+    """W of one block into `out` [rows, columns]; its base is in a form that the kernels read."""
+    base = block.base
+    weight, packed = _weight_arguments(base)
 
     def plan() -> Plan:
         rows, columns = out.shape
         tile = (shape.rows, shape.columns)
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)._replace(
-            wide=_is_wide(out, weight, *block.factors[:4]), **_weight_constants(block, weight, chip)
+            wide=_is_wide(out, weight, *block.factors[:4]) or _is_wide_base(base),
+            **_weight_constants(block, shape.columns, chip),
         )
         grid = (ceil_div(rows, shape.rows) * ceil_div(columns, shape.columns), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
@@ -78,9 +80,9 @@ def effective_weight(
     return Launch(
         effective_weight_kernel,
         (out, out if weight is None else weight, *block.factors[:4]),
-        (block.factors.scale, *hashes, *block.origin),
+        (block.factors.scale, *hashes, *block.origin, *packed),
         _panel_arguments,
-        (shape, weight is None, block.rounding),
+        (shape, base_kind(base), block.rounding),
         plan,
     )
 
@@ -154,17 +156,18 @@ def weight_product(
     With `split` every tile's sum over K is shared out, and the last of its programs to finish adds the parts.
     """
     (m, n), split_k = out.shape, 1 if split is None else split.partials.shape[0]
-    k, weight, precision = input.shape[1], block.dense_base, _product_precision(input.dtype, chip)
+    k, precision = input.shape[1], _product_precision(input.dtype, chip)
+    weight, packed = _weight_arguments(block.base)
 
     def plan() -> Plan:
         transposed = operation == "input_gradient"
         tile = (shape.block_k, shape.block_n) if transposed else (shape.block_n, shape.block_k)
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)._replace(
-            wide=_is_wide(out, input, weight, *block.factors[:4]),
+            wide=_is_wide(out, input, weight, *block.factors[:4]) or _is_wide_base(block.base),
             transposed=transposed, has_bias=bias is not None, is_split=split is not None,
             block_tokens=shape.block_m, mask_tokens=m % shape.block_m != 0,
             product=_TL_DTYPES[accumulation_dtype(input.dtype)], product_precision=precision,
-            **_weight_constants(block, weight, chip),
+            **_weight_constants(block, tile[1], chip),
         )  # fmt: skip
         grid = (ceil_div(m, shape.block_m) * ceil_div(n, shape.block_n), split_k, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
@@ -174,10 +177,10 @@ def weight_product(
         (out, input, input if weight is None else weight, *block.factors[:4]),
         (
             block.factors.scale, *hashes, input if bias is None else bias,
-            split_length(k, split_k, shape), *((out, out) if split is None else split),
+            split_length(k, split_k, shape), *((out, out) if split is None else split), *packed,
         ),
         _product_arguments,
-        (shape, operation, split_k, weight is None, bias is None, block.rounding, precision),
+        (shape, operation, split_k, base_kind(block.base), bias is None, block.rounding, precision),
         plan,
     )  # fmt: skip
 
@@ -215,8 +218,9 @@ def token_product(
 
 def _panel_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     out, weight, A, B, C, D = matrices
-    scale, row_hashes, column_hashes, *origin = others
-    return (out, weight, FactorMatrices(A, B, C, D, scale), Hashes(row_hashes, column_hashes), *origin)
+    scale, row_hashes, column_hashes, row0, column0, *packed = others
+    base = FourBitMatrix(*packed) if packed else weight
+    return (out, base, FactorMatrices(A, B, C, D, scale), Hashes(row_hashes, column_hashes), row0, column0)
 
 
 def _panel_gradient_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -231,8 +235,9 @@ def _sum_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[An
 
 def _product_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     out, input, weight, A, B, C, D = matrices
-    scale, row_hashes, column_hashes, bias, *sums = others
-    return (out, input, weight, FactorMatrices(A, B, C, D, scale), bias, Hashes(row_hashes, column_hashes), *sums)
+    scale, row_hashes, column_hashes, bias, length, partials, finished, *packed = others
+    base, hashes = FourBitMatrix(*packed) if packed else weight, Hashes(row_hashes, column_hashes)
+    return (out, input, base, FactorMatrices(A, B, C, D, scale), bias, hashes, length, partials, finished)
 
 
 def _token_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -266,13 +271,46 @@ def _tile_constants(
     )  # fmt: skip
 
 
-def _weight_constants(block: Block, weight: torch.Tensor | None, chip: Architecture) -> dict[str, Any]:
-    accumulator = accumulation_dtype(block.factors.A.dtype)
-    return dict(
-        has_weight=weight is not None, dither=is_dithered(block.dtype, block.rounding),
-        compute=_TL_DTYPES[_compute_dtype(accumulator, weight)],
-        canonical_nan=_has_canonical_nan(accumulator, weight, chip),
+def _weight_arguments(base: Base | None) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
+    """(a dense W0, the fields of a `FourBitMatrix`): one of the two."""
+    if base is None or base.dense is not None:
+        return None if base is None else base.dense, ()
+    assert isinstance(base, FourBitWeight), base
+    packed, table, absmax, *nested = base.tensors
+    layout = base.layout
+    first = layout.row0 * layout.row_length + layout.col0
+    return None, (packed, table, absmax, *(nested or (table, table, table)), first, layout.row_length)
+
+
+def base_kind(base: Base | None) -> object:
+    """What of W0 decides a kernel, besides the tensors of `_weight_arguments`."""
+    if not isinstance(base, FourBitWeight):
+        return None if base is None else "dense"
+    return base.layout.blocksize, base.layout.nested_blocksize, base.layout.dtype
+
+
+def _is_wide_base(base: Base | None) -> bool:
+    """Whether a number of an element of a quantised W0 needs 64 bits."""
+    return isinstance(base, FourBitWeight) and 2 * base.tensors[0].numel() >= 2**31
+
+
+def _weight_constants(block: Block, tile_columns: int, chip: Architecture) -> dict[str, Any]:
+    base = block.base
+    accumulator, own = accumulation_dtype(block.factors.A.dtype), None if base is None else base.dtype
+    constants = dict(
+        has_weight=base is not None, dither=is_dithered(block.dtype, block.rounding),
+        compute=_TL_DTYPES[_compute_dtype(accumulator, own)],
+        canonical_nan=_has_canonical_nan(accumulator, own, chip),
     )  # fmt: skip
+    if isinstance(base, FourBitWeight):
+        layout = base.layout
+        constants |= dict(
+            block_shift=layout.blocksize.bit_length() - 1,
+            nested_shift=max(0, layout.nested_blocksize.bit_length() - 1), base=_TL_DTYPES[layout.dtype],
+            block_in_row=layout.row_length % layout.blocksize == 0
+            and layout.blocksize % tile_columns == layout.col0 % tile_columns == 0,
+        )  # fmt: skip
+    return constants
 
 
 def _gradient_constants(
@@ -288,9 +326,9 @@ def _gradient_constants(
     )  # fmt: skip
 
 
-def _compute_dtype(accumulator: torch.dtype, weight: torch.Tensor | None) -> torch.dtype:
-    """The dtype of W0 + ΔW before rounding: fp64 if a factor or W0 is, else fp32."""
-    return accumulator if weight is None else torch.promote_types(accumulator, accumulation_dtype(weight.dtype))
+def _compute_dtype(accumulator: torch.dtype, base: torch.dtype | None) -> torch.dtype:
+    """The dtype of W0 + ΔW before rounding: fp64 if a factor or W0 (of dtype `base`) is, else fp32."""
+    return accumulator if base is None else torch.promote_types(accumulator, accumulation_dtype(base))
 
 
 def _splits_fp32(factors: Factors, compute_dtype: torch.dtype, chip: Architecture) -> bool:
@@ -301,9 +339,9 @@ def _splits_fp32(factors: Factors, compute_dtype: torch.dtype, chip: Architectur
     return chip.is_nvidia and factors.A.dtype == torch.float32 and compute_dtype.itemsize == 2
 
 
-def _has_canonical_nan(accumulator: torch.dtype, weight: torch.Tensor | None, chip: Architecture) -> bool:
+def _has_canonical_nan(accumulator: torch.dtype, base: torch.dtype | None, chip: Architecture) -> bool:
     """Whether every NaN in W0 + ΔW is 0x7FFFFFFF: NVIDIA's fp32 arithmetic makes them so; others keep payloads."""
-    is_fp32 = _compute_dtype(accumulator, weight) == torch.float32
+    is_fp32 = _compute_dtype(accumulator, base) == torch.float32
     return chip.is_nvidia and is_fp32 and not is_interpreted()
 
 

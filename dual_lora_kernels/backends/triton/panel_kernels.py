@@ -14,7 +14,8 @@ def effective_weight_kernel(out, weight, factors, hashes, row0, column0, T: tl.c
     """out [rows, columns] = round(W0 + ΔW) of one block; a program writes one tile. `out` may be `weight`."""
     column_tiles = tl.cdiv(out.columns, T.block_columns)
     row = tl.program_id(0) // column_tiles * T.block_rows + tl.arange(0, T.block_rows)
-    column = tl.program_id(0) % column_tiles * T.block_columns + tl.arange(0, T.block_columns)
+    first_column = tl.program_id(0) % column_tiles * T.block_columns
+    column = first_column + tl.arange(0, T.block_columns)
     inside = (row < out.rows)[:, None] & (column < out.columns)[None, :]
     if T.wide:
         row, column = row.to(tl.int64), column.to(tl.int64)
@@ -22,7 +23,8 @@ def effective_weight_kernel(out, weight, factors, hashes, row0, column0, T: tl.c
     scale = tl.load(scale_pointer).to(T.compute)
     own_hashes = (hashes.rows + row0, hashes.columns + column0)
     shape = (out.rows, out.columns)
-    tile = effective_tile(weight, (A, B, C, D), own_hashes, scale, row, column, shape, out.pointer.dtype.element_ty, T)
+    dtype: tl.constexpr = out.pointer.dtype.element_ty
+    tile = effective_tile(weight, (A, B, C, D), own_hashes, scale, row, column, first_column, shape, dtype, T)
     pointers = out.pointer + row[:, None] * out.row_stride + column[None, :] * out.column_stride
     if T.mask_rows or T.mask_columns:
         tl.store(pointers, tile, mask=inside)
