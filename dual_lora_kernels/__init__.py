@@ -12,9 +12,12 @@ from .checkpoint import load_dual_lora, load_dual_lora_state_dict, save_dual_lor
 from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
-from .merging import dual_lora_merge_
+from .merging import dual_lora_merge_, dual_lora_merged
 from .model import apply_dual_lora, disable_adapter, merge_dual_lora, prepared
 from .parameter_groups import create_dual_lora_optimizer, dual_lora_parameter_groups
+from .quantised.layers import quantised_weight
+from .quantised.weight import QuantisedWeight
+from .quantised_linear import QuantisedDualLoraLinear
 from .runtime_settings import (
     set_default_backend,
     set_strategy,
@@ -33,6 +36,8 @@ __all__ = [
     "DualLoraConfig",
     "DualLoraLinear",
     "DualLoraWarmup",
+    "QuantisedDualLoraLinear",
+    "QuantisedWeight",
     "apply_dual_lora",
     "available_backends",
     "create_dual_lora_optimizer",
@@ -40,12 +45,14 @@ __all__ = [
     "dual_lora_delta",
     "dual_lora_linear",
     "dual_lora_merge_",
+    "dual_lora_merged",
     "dual_lora_parameter_groups",
     "dual_lora_state_dict",
     "load_dual_lora",
     "load_dual_lora_state_dict",
     "merge_dual_lora",
     "prepared",
+    "quantised_weight",
     "save_dual_lora",
     "set_default_backend",
     "set_strategy",

@@ -12,10 +12,13 @@ from torch.nn.utils import parametrize
 
 from .adapter import DualLoraAdapter
 from .hooks import has_aligning_hook
+from .quantised.layers import is_quantised, why_not_readable
 from .validation import SUPPORTED_DTYPES
 
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl")
 """The methods of nn.Module between a call and ``forward``."""
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_UNCALLED = "and its weight is read without calling it; register them on the adapted layer"
 _HOOKS = tuple(
     f"_{name}_hooks"
     for name in (
@@ -38,8 +41,15 @@ def is_pefts(module: nn.Module) -> bool:
     return any(base.__module__.startswith("peft.") for base in type(module).__mro__)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer of some kind, adaptable or not."""
+    return isinstance(module, nn.Linear) or is_transposed(module) or is_quantised(module)
+
+
 def linear_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an adaptable linear layer."""
+    if is_quantised(module):
+        return module.in_features, module.out_features  # type: ignore[return-value]  # numbers
     rows, columns = module.get_parameter("weight").shape
     return (rows, columns) if is_transposed(module) else (columns, rows)
 
@@ -48,7 +58,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     """None if `module` is a linear layer that `DualLoraLinear.from_linear` can stand in for, else the reason.
 
     Adaptable: ``nn.Linear``, transformers' Conv1D, and subclasses that keep their forward, with a floating-point weight
-    of the layer's own and nothing beside weight and bias: what is not understood would be dropped silently.
+    of the layer's own and nothing beside weight and bias: what is not understood would be dropped silently. Adaptable
+    are also the quantised layers that `quantised_weight` reads; they stay as they are, inside the adapted layer.
     """
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
@@ -60,7 +71,10 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"it is PEFT's {kind}, and adapted already"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it, so an adapter would have no effect"
-    if not is_transposed(module) and not (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
+    quantised = is_quantised(module)
+    if not (quantised or is_transposed(module)) and not (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    ):
         return f"{kind} is not a linear layer with nn.Linear's forward"
     if hasattr(module, "_hf_hook") and not has_aligning_hook(module):
         return (
@@ -75,9 +89,13 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     for name in _CALL:
         if name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name):
             return f"{kind}'s {name} is not nn.Module's, and may do more than forward"
-    reason = _why_not_plain(module, "weight") or _why_not_plain(module, "bias")
+    reason = (
+        why_not_readable(module) if quantised else _why_not_plain(module, "weight") or _why_not_plain(module, "bias")
+    )
     if reason is not None:
         return f"{kind}'s {reason}"
+    if quantised:
+        return f"this {kind} has hooks, {_UNCALLED}" if any(getattr(module, name) for name in _CALL_HOOKS) else None
     others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
     if others or type(module).get_extra_state is not nn.Module.get_extra_state:
         return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"

@@ -6,6 +6,7 @@ each named adapter beside the base layer that it wraps.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import automatic_warmup
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
-from .merging import check_mergeable, dual_lora_merge_
+from .merging import check_mergeable, dual_lora_merge_, dual_lora_merged
+from .quantised.weight import QuantisedWeight
 from .validation import (
     LARGEST_SCALE,
     check_dtype,
@@ -27,6 +29,8 @@ from .validation import (
 )
 
 FACTOR_NAMES = ("A", "B", "C", "D")
+_logger = logging.getLogger("dual_lora_kernels")
+_has_warned = False
 
 
 def factor_shapes(in_features: int, out_features: int, r1: int, r2: int) -> dict[str, tuple[int, int]]:
@@ -110,7 +114,7 @@ class DualLoraAdapter(nn.Module):
         self.scale.fill_(number)
 
     def adapted_linear(
-        self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+        self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """x round(W0 + ΔW)ᵀ + b for a base weight [out_features, in_features]; with None, the update's part alone.
 
@@ -122,18 +126,22 @@ class DualLoraAdapter(nn.Module):
             return update if base is None else base + update
         return self._linear(input, weight, bias)
 
-    def base_linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W0ᵀ + b without the update, also where the weight's dtype is another than the input's."""
+    def base_linear(
+        self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x W0ᵀ + b without the update, also where the weight's dtype is another than the input's, or quantised."""
         check_tensor("input", input)
         dtype = compute_dtype(input)
-        if weight.dtype == dtype:
+        if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
             return nn.functional.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
         # F.linear would need W0 cast whole, and keep the copy for backward. Panels of W0 + 0 · ΔW are cast one by one.
         A, B, C, D = (getattr(self, name).detach() for name in FACTOR_NAMES)
         no_update = torch.zeros_like(self.scale)
         return dual_lora_linear(input, weight, A, B, C, D, no_update, bias, rounding=self.rounding)
 
-    def _linear(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+    def _linear(
+        self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         # FSDP's buffer_dtype and the like write buffers without asking the module.
         scale = self.scale
         if scale.dtype != torch.float32:
@@ -151,13 +159,29 @@ class DualLoraAdapter(nn.Module):
         """Write round(W0 + ΔW) over a weight [out_features, in_features]; raises as `dual_lora_merge_` does."""
         dual_lora_merge_(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
 
-    def check_merge_into(self, weight: torch.Tensor) -> None:
-        """Raise ValueError where `merge_into` would because of values."""
-        check_mergeable(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
+    def merged_with(self, weight: torch.Tensor | QuantisedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """round(W0 + ΔW) as a new tensor; see `dual_lora_merged`."""
+        return dual_lora_merged(weight, self.A, self.B, self.C, self.D, self.scale, dtype=dtype, rounding=self.rounding)
+
+    def check_merge_into(self, weight: torch.Tensor | QuantisedWeight, dtype: torch.dtype | None = None) -> None:
+        """Raise ValueError where `merge_into`, or `merged_with` in `dtype`, would because of values."""
+        check_mergeable(weight, self.A, self.B, self.C, self.D, self.scale, dtype=dtype, rounding=self.rounding)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
         """A, B, C and D."""
         return self.A, self.B, self.C, self.D
+
+    def warn_if_narrow(self) -> None:
+        """Log, once a process, that factors train in 16 bits: TRL casts those of 4-bit models to bf16, unasked."""
+        global _has_warned
+        narrow = self.A.dtype.itemsize == 2 and self.training and torch.is_grad_enabled() and self.A.requires_grad
+        if narrow and not _has_warned and not torch.compiler.is_compiling():
+            _has_warned = True
+            _logger.warning(
+                "factors train in %s (TRL casts those of 4-bit models): steps below a 500th of a factor are rounded "
+                "away; cast the trainable parameters back, parameter.data = parameter.data.float(), before training",
+                self.A.dtype,
+            )
 
     def trains(self) -> bool:
         """Whether a factor requires a gradient."""

@@ -221,7 +221,7 @@ def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put values that fit into the adapted layers of `model`."""
     for name, layer in dual_lora_layers(model):
         for tensor in SAVED_TENSORS:
-            _put(layer, tensor, state[f"{name}.{tensor}"], "cpu" if layer.weight.is_meta else layer.weight.device)
+            _put(layer, tensor, state[f"{name}.{tensor}"], layer.base_device())
         automatic_warmup.resume(layer)
     for name, module in saved_modules(model):
         for key in module.state_dict():

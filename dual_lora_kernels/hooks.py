@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -47,4 +48,5 @@ def computing_device(module: nn.Module) -> torch.device:
     """Where `module` computes: its weight's device, or the one that accelerate brings an offloaded weight to."""
     if is_offloaded(module):
         return torch.device(module._hf_hook.execution_device)  # type: ignore[union-attr, arg-type]
-    return module.get_parameter("weight").device
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return next(own).device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from .adaptable import is_transposed, linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, DualLoraAdapter, dual_lora_adapters, unwrapped
 from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_offloaded
 from .prepared import PreparedWeight, state_of
+from .quantised.layers import is_quantised
+from .quantised.weight import QuantisedWeight
 from .validation import check_dtype, check_positive_int
 
 
@@ -91,26 +93,39 @@ class DualLoraLinear(DualLoraAdapter):
     def from_linear(cls, linear: nn.Module, **options: Any) -> DualLoraLinear:
         """Adapt an ``nn.Linear`` or transformers' Conv1D, sharing its weight and bias (no copy) and freezing them.
 
-        `options`: the constructor's keywords from r1 to clip_bound, and adapter_dtype. Raises ValueError where the
-        module is no adaptable linear layer, with the reason.
+        Of a layer that `quantised_weight` reads, it makes a `QuantisedDualLoraLinear`. `options`: the constructor's
+        keywords from r1 to clip_bound, and adapter_dtype. Raises ValueError where the module is no adaptable linear
+        layer, with the reason.
         """
         reason = why_not_adaptable(linear)
         if reason is not None:
             raise ValueError(f"linear: got {type(linear).__name__}, expected an adaptable linear layer: {reason}")
-        weight, bias = linear.get_parameter("weight"), linear._parameters.get("bias")
-        layer = cls(*linear_features(linear), bias=False, device="meta", dtype=weight.dtype, **options)
-        layer.transposed = is_transposed(linear)
-        layer.weight, layer.bias = weight, bias
+        if is_quantised(linear):
+            from .quantised_linear import QuantisedDualLoraLinear  # a kind of this class
+
+            return QuantisedDualLoraLinear._around(linear, torch.float32, **options)
+        return cls._around(linear, linear.get_parameter("weight").dtype, **options)
+
+    @classmethod
+    def _around(cls, linear: nn.Module, dtype: torch.dtype, **options: Any) -> Self:
+        """The adapted layer of an adaptable one, whose weight has numbers of `dtype`."""
+        layer = cls(*linear_features(linear), bias=False, device="meta", dtype=dtype, **options)
         layer.hooked = (linear,) if has_aligning_hook(linear) else ()  # a tuple, so that it is no submodule
+        layer._adopt(linear)
         device = computing_device(linear)
         for name in FACTOR_NAMES:
             setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=device)))
         layer.scale = torch.empty_like(layer.scale, device=device)
         layer.reset_adapter_parameters()
-        for parameter in (layer.weight, layer.bias):  # not `weight`: init_empty_weights has put another in its place
+        return layer.train(linear.training)
+
+    def _adopt(self, linear: nn.Module) -> None:
+        """Take over the base weight and bias, and freeze them."""
+        self.transposed = is_transposed(linear)
+        self.weight, self.bias = linear.get_parameter("weight"), linear._parameters.get("bias")
+        for parameter in (self.weight, self.bias):  # as they are here: init_empty_weights has put others in their place
             if parameter is not None:
                 parameter.requires_grad_(False)
-        return layer.train(linear.training)
 
     @property
     def merged(self) -> bool:
@@ -123,10 +138,14 @@ class DualLoraLinear(DualLoraAdapter):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]  # it reads weight and bias only
         self.reset_adapter_parameters()
 
-    def _oriented_weight(self) -> torch.Tensor:
+    def _oriented_weight(self) -> torch.Tensor | QuantisedWeight:
         """The base weight as [out_features, in_features]; a view."""
         weight = self._base().weight
         return weight.t() if self.transposed else weight
+
+    def base_device(self) -> torch.device:
+        """Where the base weight is; the CPU for one on the meta device."""
+        return torch.device("cpu") if self.weight.is_meta else self.weight.device
 
     def _check_in_memory(self) -> None:
         if self.weight.is_meta and (self.hooked or hasattr(self, "_hf_hook")):
@@ -171,9 +190,19 @@ class DualLoraLinear(DualLoraAdapter):
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged: there is nothing to prepare")
         self._check_in_memory()
-        weight = self._oriented_weight().detach().clone(memory_format=torch.contiguous_format)
+        self._prepared = PreparedWeight(self._merged_copy(), state_of(self._sources()))
+
+    def _merged_copy(self) -> torch.Tensor:
+        """round(W0 + ΔW) [out_features, in_features] as a new tensor."""
+        weight = self._dense_weight().clone(memory_format=torch.contiguous_format)
         self.merge_into(weight)
-        self._prepared = PreparedWeight(weight, state_of(self._sources()))
+        return weight
+
+    def _dense_weight(self) -> torch.Tensor:
+        """The base weight [out_features, in_features] as a tensor, without a graph."""
+        weight = self._oriented_weight()
+        assert isinstance(weight, torch.Tensor), "a quantised layer has no dense weight"
+        return weight.detach()
 
     def release(self) -> None:
         """Forget what `prepare` keeps."""
@@ -187,7 +216,7 @@ class DualLoraLinear(DualLoraAdapter):
         """The prepared W where it serves a call on `input`."""
         sources = self._sources()
         drops = self.training and self.dropout.p > 0
-        if self._prepared is None or drops or not self._prepared.serves(input, (*sources, self.bias)):
+        if self._prepared is None or drops or not self._prepared.serves(input, (*sources, self._base().bias)):
             return None
         if not self._prepared.is_current(sources):
             self._prepared = None
@@ -210,7 +239,7 @@ class DualLoraLinear(DualLoraAdapter):
         self._check_in_memory()
         self.release()
         before = self.weight.detach().to("cpu", copy=True)
-        self.merge_into(self._oriented_weight().detach())
+        self.merge_into(self._dense_weight())
         self._unmerged_weight = before
 
     @torch.no_grad()
@@ -233,9 +262,9 @@ class DualLoraLinear(DualLoraAdapter):
         """A new, plain ``nn.Linear`` with the merged weight; this layer stays as it is. Raises as `merge` does."""
         self._check_in_memory()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        weight = self._oriented_weight().detach().clone(memory_format=torch.contiguous_format)
-        if not self.merged:
-            self.merge_into(weight)
+        weight = (
+            self._dense_weight().clone(memory_format=torch.contiguous_format) if self.merged else self._merged_copy()
+        )
         linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)

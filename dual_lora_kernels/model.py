@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +12,18 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .adaptable import is_transposed
+from .adaptable import is_linear, linear_features
 from .adapter import unwrapped
 from .adapter_state import mark_as_saved, saved_modules
 from .config import ALL_LINEAR, DualLoraConfig
 from .hooks import move_hook
 from .linear import DualLoraLinear, dual_lora_layers, layers_to
 from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pretrained
+from .quantised.layers import is_quantised
+from .quantised.models import dequantised_dtype, forget_quantisation, let_trainer_train, report_compute_dtypes
+from .quantised_linear import QuantisedDualLoraLinear
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
+from .validation import check_dtype
 
 _logger = logging.getLogger("dual_lora_kernels")
 
@@ -45,7 +50,7 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
         raise ValueError(
             f"model: got {type(model).__name__} with Dual LoRA layers, expected one without; merge them first"
         )
-    if isinstance(model, nn.Linear) or is_transposed(model):
+    if is_linear(model):
         raise ValueError("model: got a linear layer itself, expected a model; use DualLoraLinear.from_linear")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -75,6 +80,7 @@ def adapt(
     for module in whole:
         mark_as_saved(module)
     save_adapters_by_save_pretrained(model)
+    let_trainer_train(model)
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -86,7 +92,7 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
             setattr(inner.get_submodule(parent), last, new[id(module)])
 
 
-def merge_dual_lora(model: nn.Module) -> nn.Module:
+def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every `DualLoraLinear` in place by a plain layer with the merged weight, and return `model`.
 
     The plain layer is an ``nn.Linear``, or transformers' Conv1D where one was adapted. The state dict therefore has the
@@ -95,29 +101,49 @@ def merge_dual_lora(model: nn.Module) -> nn.Module:
     already keeps its merged weight, and tensors that share its memory get their own values back. Merged weights require
     a gradient only if they did before.
 
+    A quantised layer becomes an ``nn.Linear`` with round(W0 + ΔW) in `dtype`: by default the one of the model's
+    configuration if transformers quantised it, else the one that W0 was quantised from. Where that is the dtype that
+    the layer computed in, these are the weights that it trained with, bit for bit. In a model that transformers
+    quantised, layers without an adapter are dequantised as well, all other parameters get the same dtype (a warning
+    names those that this rounds), and the model forgets that it was quantised.
+
     Raises:
         ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
             Nothing has been changed.
+        TypeError: `dtype` is not one that the package computes with.
     """
     if isinstance(model, DualLoraLinear):
         raise ValueError("model: got a DualLoraLinear itself, expected a model; use its to_linear()")
-    layers = layers_to("merge", model, "merge_and_unload()")
+    layers = layers_to("merge", model, "merge_and_unload(), and merge_and_dequantize() for quantised models")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
+    dtype = dequantised_dtype(unwrapped(model)) if dtype is None else dtype
+    quantised = [layer for _, layer in layers if isinstance(layer, QuantisedDualLoraLinear)]
     for name, layer in layers:
         try:
-            layer.check_mergeable()
+            if isinstance(layer, QuantisedDualLoraLinear):
+                layer.check_mergeable(dtype)
+            else:
+                layer.check_mergeable()
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
     tied = shared_weights(model)
     # All are copied before the first is merged or unmerged, which may change another's.
-    weights = [_copied(layer.weight) if id(layer.weight) in tied else layer.weight for _, layer in layers]
-    plain = {}
-    for (_, layer), weight in zip(layers, weights, strict=True):
+    dense = [layer for _, layer in layers if not isinstance(layer, QuantisedDualLoraLinear)]
+    weights = [_copied(layer.weight) if id(layer.weight) in tied else layer.weight for layer in dense]
+    plain: dict[int, nn.Module] = {}
+    for layer, weight in zip(dense, weights, strict=True):
         if not layer.merged:
             layer.merge_into(weight.detach().t() if layer.transposed else weight.detach())
         elif weight is not layer.weight:
             layer.unmerge()
         plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
+    for layer in quantised:  # one after the other: each new weight is several times as large as the one it replaces
+        _replace(model, {id(layer): layer.to_plain(dtype)})
+    if quantised:
+        report_compute_dtypes((layer.base_layer for layer in quantised), dtype)
+        forget_quantisation(model, dtype)
     for _, module in list(saved_modules(model)):
         mark_as_saved(module, False)
     save_models_by_save_pretrained(model)
@@ -190,6 +216,9 @@ def _report(model: nn.Module, names: list[str], whole: list[str], refused: dict[
     kinds = Counter(name.rpartition(".")[2] for name in names)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    for module in filter(is_quantised, model.modules()):  # whose parameters count bytes
+        own = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name == "weight")
+        total += math.prod(linear_features(module)) - own
     left = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
     _logger.info(
         "adapted %d layers: %s; %s of %s parameters train (%.2f %%)%s%s",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .adaptable import is_pefts, is_transposed, why_not_adaptable
+from .adaptable import is_linear, is_pefts, why_not_adaptable
 from .config import ALL_LINEAR
 from .validation import overlaps_itself
 
@@ -39,9 +39,7 @@ def find_targets(
         and not any(names_it(target, name) for target in excluded)
         and not any(f"{name}.".startswith(f"{module}.") for module in whole)
     }
-    linears = {
-        name: module for name, module in modules.items() if isinstance(module, nn.Linear) or is_transposed(module)
-    }
+    linears = {name: module for name, module in modules.items() if is_linear(module)}
     if targets == ALL_LINEAR:
         refused = why_not_suited(model, linears)
         chosen = {name: module for name, module in linears.items() if name not in refused}

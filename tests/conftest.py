@@ -32,6 +32,9 @@ where that is not installed, and the report's header says so."""
 if "native" not in available_backends():
     collect_ignore += [f"test_{name}.py" for name in NATIVE_ONLY]
 
+if not importlib.util.find_spec("bitsandbytes"):
+    collect_ignore += ["test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py"]
+
 if IS_INTERPRETED:
     from .interpreter import speed_up
 
@@ -71,7 +74,12 @@ def pytest_report_header() -> list[str]:
     """Which backends are tested, and why others are not."""
     missing = {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
     present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
-    return ["backends: " + ", ".join(present), *(f"no {name}: {reason}" for name, reason in missing.items() if reason)]
+    lacking = [] if importlib.util.find_spec("bitsandbytes") else ["no bitsandbytes: its layers' tests are left out"]
+    return [
+        "backends: " + ", ".join(present),
+        *(f"no {name}: {reason}" for name, reason in missing.items() if reason),
+        *lacking,
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,8 +60,9 @@ class Linear(nn.Module, DualLoraLayer):
             self.in_features, self.out_features, **options, device=None, adapter_dtype=torch.float32
         )
         adapter.reset_adapter_parameters()
-        if not adapter.A.is_meta:
-            adapter.to(self.base_layer.weight.dtype)  # PEFT casts 16-bit ones up, unless told not to
+        dtype = self._base_dtype()
+        if not adapter.A.is_meta and dtype.is_floating_point:
+            adapter.to(dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -84,6 +86,11 @@ class Linear(nn.Module, DualLoraLayer):
         if not adapter.A.is_meta:
             adapter.to(computing_device(self.base_layer) if device is None else device)
 
+    def _base_dtype(self) -> torch.dtype:
+        """The dtype that new factors get at first."""
+        dtype: torch.dtype = self.base_layer.weight.dtype
+        return dtype
+
     def _oriented_weight(self) -> torch.Tensor:
         """W0 [out_features, in_features]; a view."""
         weight: torch.Tensor = self.base_layer.weight
@@ -105,23 +112,25 @@ class Linear(nn.Module, DualLoraLayer):
         if self.merged and self.training and torch.is_grad_enabled() and any(adapter.trains() for adapter in active):
             raise RuntimeError("the adapter is merged, so it cannot train: call unmerge_adapter() first")
         if self.disable_adapters or self.merged or (names is None and not active):
-            result: torch.Tensor = self.base_layer(input, *args, **kwargs)
-            return result
+            return self._base(input, *args, **kwargs)
         if names is not None:
             return self._mixed_batch(input, names)
         return self._adapted(input, active)
 
+    def _base(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x W0ᵀ + b."""
+        result: torch.Tensor = self.base_layer(input, *args, **kwargs)
+        return result
+
     def _adapted(self, input: torch.Tensor, adapters: list[DualLoraAdapter]) -> torch.Tensor:
-        base = self.base_layer
+        return call_within_hooks((self.base_layer, *adapters), input, partial(self._compute, adapters))
 
-        def compute(x: torch.Tensor) -> torch.Tensor:
-            weight = base.weight.t() if self.transposed else base.weight
-            result = adapters[0].adapted_linear(x, weight, base.bias)
-            for adapter in adapters[1:]:
-                result = result + adapter.adapted_linear(x, None, None)
-            return result
-
-        return call_within_hooks((base, *adapters), input, compute)
+    def _compute(self, adapters: list[DualLoraAdapter], input: torch.Tensor) -> torch.Tensor:
+        """The adapters' sum on an input where the weights are."""
+        result = adapters[0].adapted_linear(input, self._oriented_weight(), self.base_layer.bias)
+        for adapter in adapters[1:]:
+            result = result + adapter.adapted_linear(input, None, None)
+        return result
 
     def _check_mixed_batch(self, input: torch.Tensor, names: list[str]) -> None:
         """Raise ValueError, with PEFT's words, where a batch cannot be shared by these adapters."""
@@ -142,7 +151,7 @@ class Linear(nn.Module, DualLoraLayer):
             rows = [row for row, of in enumerate(names) if of == name]
             adapters = self._adapters([name])
             alone = name == BASE or not adapters
-            results[name] = rows, self.base_layer(input[rows]) if alone else self._adapted(input[rows], adapters)
+            results[name] = rows, self._base(input[rows]) if alone else self._adapted(input[rows], adapters)
         order = torch.tensor([row for rows, _ in results.values() for row in rows]).argsort().to(input.device)
         return torch.cat([result for _, result in results.values()])[order]
 

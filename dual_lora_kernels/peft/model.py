@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,9 +18,13 @@ from ..adaptable import why_not_adaptable
 from ..config import ALL_LINEAR
 from ..linear import dual_lora_layers
 from ..peft_files import PEFT_PREFIX
+from ..quantised.layers import is_quantised
+from ..quantised.models import dequantised_dtype, forget_quantisation, report_compute_dtypes
 from ..targets import report_stacked_experts, why_not_suited
+from ..validation import check_dtype
 from .config import DualLoraConfig
 from .layer import BASE, DualLoraLayer, Linear
+from .quantised_layer import QuantisedLinear
 
 _logger = logging.getLogger("dual_lora_kernels")
 
@@ -58,6 +64,12 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         for name, reason in refused.items():
             _logger.info("left alone: %s (%s)", name, reason)
         peft_config.target_modules = set(peft_config.target_modules or ()) - refused.keys()
+        if plain and not peft_config.target_modules:
+            name, reason = next(iter(refused.items()))
+            raise ValueError(
+                f"target_modules: got {ALL_LINEAR!r}, but none of {len(refused)} linear layers can be adapted: "
+                f"{name}: {reason}"
+            )
         report_stacked_experts(model)
 
     def _create_and_replace(
@@ -80,9 +92,11 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
             if reason is not None:
                 raise ValueError(
                     f"Target module {target} is not supported: {reason}. {current_key!r} matches target_modules; "
-                    "expected `torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones."
+                    "expected `torch.nn.Linear` or `transformers.pytorch_utils.Conv1D`, plain ones, or a quantised "
+                    "layer that `dual_lora_kernels.quantised_weight` reads."
                 )
-            layer = Linear(target, adapter_name, options).train(target.training)
+            kind = QuantisedLinear if is_quantised(target) else Linear
+            layer = kind(target, adapter_name, options).train(target.training)
             if not is_active:
                 layer.requires_grad_(False)  # an additional adapter does not train before it is active
             self._replace_module(parent, target_name, layer, target)
@@ -96,8 +110,18 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     def _dual_lora_layers(self) -> Iterator[Linear]:
         return (module for module in self.model.modules() if isinstance(module, Linear))
 
+    def _quantised_layers(self) -> list[tuple[str, QuantisedLinear]]:
+        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, QuantisedLinear)]
+
+    def _check_names(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError for a name that no adapter has: merging would drop the adapters without it."""
+        unknown = sorted(set(adapter_names or ()) - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"adapter_names: got {unknown}, expected some of {list(self.peft_config)}")
+
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError where one layer could not be merged, before any is."""
+        self._check_names(adapter_names)
         for layer in self._dual_lora_layers():
             with onload_layer(layer):
                 layer.check_merge(adapter_names)
@@ -106,6 +130,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         """As in PEFT; nothing is merged where one layer cannot be."""
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        _warn_of_losses(self._quantised_layers())
 
     def _unload_and_optionally_merge(
         self,
@@ -116,7 +141,44 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
+        quantised = self._quantised_layers()
         unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            _warn_of_losses(quantised)
+        return unloaded
+
+    def merge_and_dequantize(
+        self, dtype: torch.dtype | None = None, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with every quantised layer as an ``nn.Linear``, the adapters merged exactly.
+
+        `dtype`: of the dequantised weights; by default that of the model's configuration if transformers quantised it,
+        else the one that the weights were quantised from. Where the layers computed in it, the merged weights are those
+        that they trained with, bit for bit; ``merge_and_unload`` quantises them anew instead, and warns of what that
+        loses. Other parameters follow as in `merge_dual_lora`. Raises ValueError as ``merge_and_unload`` does, and
+        TypeError for another dtype than the package computes with, before anything is changed.
+        """
+        if dtype is not None:
+            check_dtype("dtype", dtype)
+        self._check_names(adapter_names)
+        dtype = dequantised_dtype(self.model) if dtype is None else dtype
+        for layer in self._dual_lora_layers():
+            if layer.merged:
+                raise ValueError("model: got one with merged adapters, expected unmerged ones: call unmerge_adapter()")
+            with onload_layer(layer):
+                if isinstance(layer, QuantisedLinear):
+                    layer.check_dequantising(dtype, adapter_names)
+                else:
+                    layer.check_merge(adapter_names)
+        report_compute_dtypes((layer.base_layer for _, layer in self._quantised_layers()), dtype)
+        plain: dict[int, nn.Module] = {}
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if isinstance(module, QuantisedLinear):
+                if id(module) not in plain:
+                    plain[id(module)] = module.dequantised(dtype, adapter_names)
+                self.model.set_submodule(name, plain[id(module)])
+        unloaded: nn.Module = super()._unload_and_optionally_merge(True, False, False, adapter_names)
+        forget_quantisation(unloaded, dtype)
         return unloaded
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -150,6 +212,19 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
                     hook = partial(_pass_adapter_names, adapter_names=own)
                     hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
+
+
+def _warn_of_losses(layers: Sequence[tuple[str, QuantisedLinear]]) -> None:
+    """Warn, once for all layers, of what quantising merged weights anew has left of the update."""
+    losses = [(loss, name) for name, layer in layers for loss in layer.losses.values()]
+    if losses:
+        worst, name = max(losses, key=lambda each: each[0].error)
+        kinds = ", ".join(sorted({type(layer.base_layer).__name__ for _, layer in layers}))
+        warnings.warn(
+            f"Merging has quantised {len(losses)} weights anew ({kinds}), so the model may generate something else. At "
+            f"worst, in {name}, {worst}. merge_and_dequantize() keeps the weights that training computed with.",
+            stacklevel=3,
+        )
 
 
 def _pass_adapter_names(
