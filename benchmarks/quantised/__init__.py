@@ -1,0 +1,1 @@
+"""Benchmarks on quantised bases: memory and time of a step, what re-quantising loses."""
