@@ -190,7 +190,10 @@ class DualLoraLinear(DualLoraAdapter):
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged: there is nothing to prepare")
         self._check_in_memory()
-        self._prepared = PreparedWeight(self._merged_copy(), state_of(self._sources()))
+        self._keep(self._merged_copy())
+
+    def _keep(self, weight: torch.Tensor) -> None:
+        self._prepared = PreparedWeight(weight, state_of(self._sources()))
 
     def _merged_copy(self) -> torch.Tensor:
         """round(W0 + ΔW) [out_features, in_features] as a new tensor."""

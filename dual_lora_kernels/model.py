@@ -20,7 +20,7 @@ from .hooks import move_hook
 from .linear import DualLoraLinear, dual_lora_layers, layers_to
 from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pretrained
 from .quantised.layers import is_quantised
-from .quantised.models import dequantised_dtype, forget_quantisation, let_trainer_train, report_compute_dtypes
+from .quantised.models import dequantised_dtypes, forget_quantisation, let_trainer_train, report_compute_dtypes
 from .quantised_linear import QuantisedDualLoraLinear
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
 from .validation import check_dtype
@@ -102,7 +102,7 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     a gradient only if they did before.
 
     A quantised layer becomes an ``nn.Linear`` with round(W0 + ΔW) in `dtype`: by default the one of the model's
-    configuration if transformers quantised it, else the one that W0 was quantised from. Where that is the dtype that
+    configuration if transformers quantised it, else W0's (fp32 for int8). Where that is the dtype that
     the layer computed in, these are the weights that it trained with, bit for bit. In a model that transformers
     quantised, layers without an adapter are dequantised as well, all other parameters get the same dtype (a warning
     names those that this rounds), and the model forgets that it was quantised.
@@ -117,12 +117,12 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     layers = layers_to("merge", model, "merge_and_unload(), and merge_and_dequantize() for quantised models")
     if dtype is not None:
         check_dtype("dtype", dtype)
-    dtype = dequantised_dtype(unwrapped(model)) if dtype is None else dtype
+    dtype_of = dequantised_dtypes(unwrapped(model), dtype)
     quantised = [layer for _, layer in layers if isinstance(layer, QuantisedDualLoraLinear)]
     for name, layer in layers:
         try:
             if isinstance(layer, QuantisedDualLoraLinear):
-                layer.check_mergeable(dtype)
+                layer.check_mergeable(dtype_of(layer))
             else:
                 layer.check_mergeable()
         except ValueError as error:
@@ -133,16 +133,19 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     weights = [_copied(layer.weight) if id(layer.weight) in tied else layer.weight for layer in dense]
     plain: dict[int, nn.Module] = {}
     for layer, weight in zip(dense, weights, strict=True):
-        if not layer.merged:
+        other = dtype_of(layer)
+        if not layer.merged and other not in (None, weight.dtype):  # cast up for training in a quantised model
+            weight = _merged_in(layer, weight, other)
+        elif not layer.merged:
             layer.merge_into(weight.detach().t() if layer.transposed else weight.detach())
         elif weight is not layer.weight:
             layer.unmerge()
         plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
     for layer in quantised:  # one after the other: each new weight is several times as large as the one it replaces
-        _replace(model, {id(layer): layer.to_plain(dtype)})
+        _replace(model, {id(layer): layer.to_plain(dtype_of(layer))})
     if quantised:
-        report_compute_dtypes((layer.base_layer for layer in quantised), dtype)
+        report_compute_dtypes((layer.base_layer, dtype_of(layer)) for layer in quantised)
         forget_quantisation(model, dtype)
     for _, module in list(saved_modules(model)):
         mark_as_saved(module, False)
@@ -184,9 +187,13 @@ def prepared(model: nn.Module) -> Iterator[nn.Module]:
     """
     own = layers_to("prepare", model, "merge_adapter(), which unmerge_adapter() takes back exactly")
     layers = [layer for _, layer in own if not (layer.merged or layer.prepared)]
+    dtype_of = dequantised_dtypes(unwrapped(model), None)
     try:
         for layer in layers:
-            layer.prepare()
+            if isinstance(layer, QuantisedDualLoraLinear):
+                layer.prepare(dtype_of(layer))
+            else:
+                layer.prepare()
         yield model
     finally:
         for layer in layers:
@@ -195,6 +202,13 @@ def prepared(model: nn.Module) -> Iterator[nn.Module]:
 
 def _copied(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _merged_in(layer: DualLoraLinear, weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """round(W0 + ΔW) in another dtype than W0's, rounded once, oriented like `weight`."""
+    own = weight.detach()
+    merged = layer.merged_with(own.t() if layer.transposed else own, dtype)
+    return nn.Parameter(merged.t().contiguous() if layer.transposed else merged, requires_grad=weight.requires_grad)
 
 
 def _plain(layer: DualLoraLinear, weight: nn.Parameter) -> nn.Module:

@@ -56,8 +56,14 @@ class QuantisedDualLoraLinear(DualLoraLinear):
         self.warn_if_narrow()
         return compute_in_own_dtype(self.base_layer, input, super()._forward)
 
-    def _merged_copy(self) -> torch.Tensor:
-        return self.merged_with(self._oriented_weight())
+    @torch.no_grad()
+    def prepare(self, dtype: torch.dtype | None = None) -> None:
+        """Keep round(W0 + ΔW) in memory, as `DualLoraLinear.prepare` does, for calls without gradients.
+
+        The copy has the base layer's compute dtype where that has one, else `dtype`, else W0's. Calls that compute in
+        another run as ever.
+        """
+        self._keep(self.merged_with(self._oriented_weight(), getattr(self.base_layer, "compute_dtype", None) or dtype))
 
     def _sources(self) -> tuple[torch.Tensor, ...]:
         weight = self._oriented_weight()
@@ -77,15 +83,13 @@ class QuantisedDualLoraLinear(DualLoraLinear):
 
     @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A new, plain ``nn.Linear`` with round(W0 + ΔW) in `dtype` (default: what W0 was quantised from).
+        """A new, plain ``nn.Linear`` with round(W0 + ΔW) in `dtype` (default: W0's, which is fp32 for int8).
 
         In the dtype that the layer computes in, these are bit for bit the weights that it trained with.
         """
-        bias = self.bias
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.merged_with(self._oriented_weight(), dtype), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().to(linear.weight.dtype, copy=True), requires_grad=False)
+        merged = self.merged_with(self._oriented_weight(), dtype)
+        linear = plain_layer(self.base_layer, merged, as_linear=True)
+        assert isinstance(linear, nn.Linear)
         return linear.train(self.training)
 
     @torch.no_grad()

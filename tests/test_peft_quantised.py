@@ -53,7 +53,7 @@ def test_it_trains_saves_reloads_and_merges_exactly(form: str, prepare: bool, tm
     again = PeftModel.from_pretrained(quantised_llama(form), tmp_path / "adapter").eval()
     if not prepare:
         assert torch.equal(logits(again), logits(model))
-    used = {name: layer.dequantised(torch.bfloat16).weight for name, layer in _layers(model).items()}
+    used = {name: layer.plain(torch.bfloat16).weight for name, layer in _layers(model).items()}
     trained = logits(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # nothing is lost, so nothing is warned of
@@ -141,6 +141,36 @@ def test_factors_that_something_has_cast_down_are_told_of(
     assert "factors train in" not in caplog.text  # nothing trains there
     model(input_ids=tokens())
     assert caplog.text.count("factors train in torch.bfloat16") == 1
+
+
+def test_adapters_of_other_layers_do_not_keep_one_from_merging() -> None:
+    model = get_peft_model(quantised_llama("torchao-int8"), config(["q_proj"]))
+    model.base_model.model.model.layers[0].mlp.up_proj = nn.Linear(64, 192, bias=False).bfloat16()
+    model.add_adapter("other", config([r"model.layers.0.mlp.up_proj"]))
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match="with a weight of Int8Tensor, expected bitsandbytes'"):
+        model.merge_adapter(["default"])
+
+
+def test_merges_that_do_nothing_warn_of_nothing_anew() -> None:
+    model = _adapted("nf4")
+    with pytest.warns(UserWarning, match="anew"):
+        model.merge_adapter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_adapter()
+    assert not [each for each in caught if "anew" in str(each.message)]
+
+
+def test_dense_layers_of_a_quantised_model_are_rounded_once() -> None:
+    model = quantised_llama("nf4")
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 192, bias=False)
+    adapted = get_peft_model(model, config(["up_proj", "q_proj"])).eval()
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    adapter, before = layer.dual_adapter["default"], layer.base_layer.weight.detach().clone()
+    expected = adapter.merged_with(before, torch.bfloat16)
+    merged = adapted.merge_and_dequantize()
+    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
 
 
 def test_gpt2_and_a_trained_head_merge(tmp_path: Path) -> None:

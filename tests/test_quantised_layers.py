@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -27,6 +28,7 @@ from dual_lora_kernels import (
     save_dual_lora,
 )
 from dual_lora_kernels.linear import dual_lora_layers
+from dual_lora_kernels.quantised.models import _cast_rest
 
 from .models import configuration, logits, tokens
 from .quantised_layers import CONFIGS, FORMATS, eight_bit, four_bit, numbers_of, quantised_llama
@@ -107,12 +109,14 @@ def test_what_a_quantised_layer_cannot_do_says_what_can() -> None:
     assert not layer.merged
 
 
-def test_preparing_keeps_w_for_calls_without_gradients() -> None:
-    layer = _adapted(four_bit(48, 128, compute_dtype=torch.bfloat16)).eval()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_preparing_keeps_w_for_calls_without_gradients(dtype: torch.dtype) -> None:
+    layer = _adapted(four_bit(48, 128, compute_dtype=dtype)).eval()
     x = torch.randn(5, 128)
     with torch.no_grad():
         before = layer(x)
         layer.prepare()
+        assert layer._prepared_weight(x.to(dtype)) is not None
         torch.testing.assert_close(layer(x), before, atol=1e-2, rtol=1e-2)
         layer.A.add_(1)
         assert layer.prepared
@@ -258,6 +262,64 @@ def test_a_model_that_transformers_dequantises_goes_on(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), before, atol=0.05, rtol=0.05)
     merge_dual_lora(model)
     torch.testing.assert_close(logits(model), before, atol=0.05, rtol=0.05)
+
+
+class _Around(nn.Module):
+    """A model of the user's around one of transformers'."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        return self.inner(ids)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("prepare", [False, True])
+def test_a_model_inside_another_merges_to_its_own_dtype(form: str, prepare: bool) -> None:
+    inner = quantised_llama(form)
+    if prepare:
+        inner = prepare_model_for_kbit_training(inner, use_gradient_checkpointing=False)
+    model = apply_dual_lora(_Around(inner), configuration()).eval()
+    before = logits(model)
+    merge_dual_lora(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(model).float(), before.float(), atol=0.05, rtol=0.05)
+
+
+def test_a_dense_layer_of_a_quantised_model_is_rounded_once() -> None:
+    """kbit training casts it up to fp32; the merged bf16 weight is round(W0 + ΔW), dithered."""
+    model = quantised_llama("nf4")
+    model.model.layers[0].mlp.up_proj = dense = nn.Linear(64, 192, bias=False)
+    apply_dual_lora(model, configuration(["up_proj"]))
+    expected = reference.effective_weight(
+        dense.weight, *model.model.layers[0].mlp.up_proj.factors(), torch.tensor(0.4), torch.bfloat16, "dither"
+    )
+    model.model.layers[0].mlp.up_proj.set_scale(0.4)
+    merge_dual_lora(model)
+    merged = model.model.layers[0].mlp.up_proj.weight
+    assert merged.dtype == torch.bfloat16
+    assert (merged != expected).float().mean() < 0.01  # P and Q are summed in another order there
+
+
+def test_an_int8_model_is_prepared_in_its_own_dtype() -> None:
+    model = apply_dual_lora(quantised_llama("int8"), configuration()).eval()
+    before = logits(model)
+    with prepared(model):
+        layers = [layer for _, layer in dual_lora_layers(model)]
+        assert all(layer._prepared is not None and layer._prepared.weight.dtype == torch.bfloat16 for layer in layers)
+        torch.testing.assert_close(logits(model), before, atol=0.05, rtol=0.05)
+
+
+def test_parameters_that_transformers_keeps_in_fp32() -> None:
+    """For fp16 alone, or, the strict ones, for bf16 as well; as from_pretrained does."""
+    for dtype, kept in ((torch.bfloat16, {"strict.weight"}), (torch.float16, {"strict.weight", "plain.weight"})):
+        model: Any = nn.ModuleDict({"strict": nn.Linear(2, 2, False), "plain": nn.Linear(2, 2, False)})
+        model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = ["plain"], ["strict"]
+        model.config = SimpleNamespace(dtype=torch.float32)
+        _cast_rest(model, dtype)
+        assert {name for name, p in model.named_parameters() if p.dtype == torch.float32} == kept
 
 
 def test_merging_checks_everything_first() -> None:

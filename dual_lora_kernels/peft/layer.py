@@ -15,6 +15,7 @@ from ..adaptable import is_transposed, linear_features
 from ..adapter import DualLoraAdapter
 from ..hooks import call_within_hooks, computing_device
 from ..peft_files import PEFT_PREFIX
+from ..quantised.weight import QuantisedWeight
 
 BASE = "__base__"
 """In mixed batches, the adapter's name for rows that no adapter is for; PEFT's."""
@@ -91,7 +92,7 @@ class Linear(nn.Module, DualLoraLayer):
         dtype: torch.dtype = self.base_layer.weight.dtype
         return dtype
 
-    def _oriented_weight(self) -> torch.Tensor:
+    def _oriented_weight(self) -> torch.Tensor | QuantisedWeight:
         """W0 [out_features, in_features]; a view."""
         weight: torch.Tensor = self.base_layer.weight
         return weight.t() if self.transposed else weight
@@ -207,10 +208,45 @@ class Linear(nn.Module, DualLoraLayer):
         base: nn.Module = self.base_layer
         return base
 
+    def check_plain(self, dtype: torch.dtype | None, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError where `plain` would meet numbers that are not finite."""
+        for adapter in self._adapters(self.active_adapters if adapter_names is None else adapter_names):
+            adapter.check_merge_into(self._oriented_weight(), dtype)
+
+    def becomes_plain(self, dtype: torch.dtype | None) -> bool:
+        """Whether merging in `dtype` takes another weight than the base layer's."""
+        return dtype not in (None, self.base_layer.weight.dtype)
+
+    @torch.no_grad()
+    def plain(self, dtype: torch.dtype | None = None, adapter_names: list[str] | None = None) -> nn.Module:
+        """A plain layer with round(W0 + ΔW) in `dtype` (default: W0's, which is fp32 for int8).
+
+        For one adapter, in the dtype that the layer computed in, these are the weights that it trained with, bit for
+        bit. Several are added one after the other, each rounded by itself.
+        """
+        adapters = self._adapters(self.active_adapters if adapter_names is None else adapter_names)
+        base = self._oriented_weight()
+        if adapters:
+            weight = adapters[0].merged_with(base, dtype)
+        else:
+            weight = base.dequantised() if isinstance(base, QuantisedWeight) else base.detach()
+            weight = weight if dtype is None else weight.to(dtype)
+        for adapter in adapters[1:]:
+            adapter.merge_into(weight)
+        return self._in_place(weight).train(self.training)
+
+    def _in_place(self, weight: torch.Tensor) -> nn.Module:
+        """The plain layer with this weight [out_features, in_features]."""
+        base: nn.Module = self.base_layer
+        base.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight, requires_grad=False)
+        return base
+
     def _merge_into_base(self, names: list[str]) -> None:
         for name in names:
             (adapter,) = self._adapters([name])
-            adapter.merge_into(self._oriented_weight().detach())
+            weight = self._oriented_weight()
+            assert isinstance(weight, torch.Tensor), "quantised layers merge in their own way"
+            adapter.merge_into(weight.detach())
             self.merged_adapters.append(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:

@@ -19,7 +19,7 @@ from ..config import ALL_LINEAR
 from ..linear import dual_lora_layers
 from ..peft_files import PEFT_PREFIX
 from ..quantised.layers import is_quantised
-from ..quantised.models import dequantised_dtype, forget_quantisation, report_compute_dtypes
+from ..quantised.models import dequantised_dtypes, forget_quantisation, report_compute_dtypes
 from ..targets import report_stacked_experts, why_not_suited
 from ..validation import check_dtype
 from .config import DualLoraConfig
@@ -110,8 +110,12 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     def _dual_lora_layers(self) -> Iterator[Linear]:
         return (module for module in self.model.modules() if isinstance(module, Linear))
 
-    def _quantised_layers(self) -> list[tuple[str, QuantisedLinear]]:
-        return [(name, module) for name, module in self.model.named_modules() if isinstance(module, QuantisedLinear)]
+    def _without_losses(self) -> list[tuple[str, QuantisedLinear]]:
+        """The quantised layers by name, with the losses of earlier merges forgotten."""
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, QuantisedLinear)]
+        for _, layer in layers:
+            layer.losses.clear()
+        return layers
 
     def _check_names(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError for a name that no adapter has: merging would drop the adapters without it."""
@@ -129,8 +133,9 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in PEFT; nothing is merged where one layer cannot be."""
         self._check_mergeable(adapter_names)
+        quantised = self._without_losses()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        _warn_of_losses(self._quantised_layers())
+        _warn_of_losses(quantised)
 
     def _unload_and_optionally_merge(
         self,
@@ -141,7 +146,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
-        quantised = self._quantised_layers()
+        quantised = self._without_losses()
         unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _warn_of_losses(quantised)
@@ -153,7 +158,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         """The base model with every quantised layer as an ``nn.Linear``, the adapters merged exactly.
 
         `dtype`: of the dequantised weights; by default that of the model's configuration if transformers quantised it,
-        else the one that the weights were quantised from. Where the layers computed in it, the merged weights are those
+        else W0's (fp32 for int8). Where the layers computed in it, the merged weights are those
         that they trained with, bit for bit; ``merge_and_unload`` quantises them anew instead, and warns of what that
         loses. Other parameters follow as in `merge_dual_lora`. Raises ValueError as ``merge_and_unload`` does, and
         TypeError for another dtype than the package computes with, before anything is changed.
@@ -161,21 +166,24 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         if dtype is not None:
             check_dtype("dtype", dtype)
         self._check_names(adapter_names)
-        dtype = dequantised_dtype(self.model) if dtype is None else dtype
-        for layer in self._dual_lora_layers():
+        dtype_of = dequantised_dtypes(self.model, dtype)
+        layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
+        for name, layer in layers:
             if layer.merged:
                 raise ValueError("model: got one with merged adapters, expected unmerged ones: call unmerge_adapter()")
             with onload_layer(layer):
-                if isinstance(layer, QuantisedLinear):
-                    layer.check_dequantising(dtype, adapter_names)
-                else:
-                    layer.check_merge(adapter_names)
-        report_compute_dtypes((layer.base_layer for _, layer in self._quantised_layers()), dtype)
+                try:
+                    layer.check_plain(dtype_of(layer), adapter_names)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        quantised = [layer for _, layer in layers if isinstance(layer, QuantisedLinear)]
+        report_compute_dtypes((layer.base_layer, dtype_of(layer)) for layer in quantised)
         plain: dict[int, nn.Module] = {}
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if isinstance(module, QuantisedLinear):
+            if isinstance(module, Linear) and module.becomes_plain(dtype_of(module)):
                 if id(module) not in plain:
-                    plain[id(module)] = module.dequantised(dtype, adapter_names)
+                    with onload_layer(module):
+                        plain[id(module)] = module.plain(dtype_of(module), adapter_names)
                 self.model.set_submodule(name, plain[id(module)])
         unloaded: nn.Module = super()._unload_and_optionally_merge(True, False, False, adapter_names)
         forget_quantisation(unloaded, dtype)

@@ -24,7 +24,7 @@ class QuantisedLinear(Linear):
     """y = x round(W0 + ΔW)ᵀ + b, W0 dequantised block by block, in the base layer's compute dtype.
 
     Merging quantises W anew, as PEFT does; `losses` says what that has left of each adapter's update, and the model
-    warns of it. `unmerge` puts the quantised weight back that was there before. `dequantised` is the exact way.
+    warns of it. `unmerge` puts the quantised weight back that was there before. `plain` is the exact way.
     """
 
     losses: dict[str, Loss]
@@ -75,13 +75,9 @@ class QuantisedLinear(Linear):
             self._merge_into_base(names)
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        refuse_requantising(self.base_layer)
+        if self._adapters(self.active_adapters if adapter_names is None else adapter_names):
+            refuse_requantising(self.base_layer)
         super().check_merge(adapter_names)
-
-    def check_dequantising(self, dtype: torch.dtype | None, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError where `dequantised` would meet numbers that are not finite."""
-        for adapter in self._adapters(self.active_adapters if adapter_names is None else adapter_names):
-            adapter.check_merge_into(self._oriented_weight(), dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -94,23 +90,12 @@ class QuantisedLinear(Linear):
         self.merged_adapters.clear()
         self.losses.clear()
 
-    @torch.no_grad()
-    def dequantised(self, dtype: torch.dtype | None = None, adapter_names: list[str] | None = None) -> nn.Module:
-        """A plain layer with round(W0 + ΔW) in `dtype` (default: what W0 was quantised from), adapter by adapter.
+    def becomes_plain(self, dtype: torch.dtype | None) -> bool:
+        """Whether merging exactly takes another layer than the base layer: always."""
+        return True
 
-        For one adapter, in the dtype that the layer computed in, these are the weights that it trained with, bit for
-        bit. Several are added one after the other, each rounded by itself. See `plain_layer` for the layer's kind.
-        """
-        adapters = self._adapters(self.active_adapters if adapter_names is None else adapter_names)
-        base = self._oriented_weight()
-        if adapters:
-            weight = adapters[0].merged_with(base, dtype)
-        else:
-            weight = base.dequantised() if isinstance(base, QuantisedWeight) else base
-            weight = weight if dtype is None else weight.to(dtype)
-        for adapter in adapters[1:]:
-            adapter.merge_into(weight)
-        return plain_layer(self.base_layer, weight).train(self.training)
+    def _in_place(self, weight: torch.Tensor) -> nn.Module:
+        return plain_layer(self.base_layer, weight)
 
     def _merge_into_base(self, names: list[str]) -> None:
         for name in names:

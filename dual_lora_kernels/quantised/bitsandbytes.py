@@ -115,11 +115,14 @@ def kept_state(module: Any) -> tuple[Any, ...]:
 
 def restore(module: Any, kept: tuple[Any, ...]) -> None:
     """Put back what `kept_state` gave."""
+    device = module.weight.device
     module.weight, *rest = kept
     if is_four_bit(module):
         module.weight.quant_state = module.quant_state = rest[0]
     else:
         module.weight.CB, module.weight.SCB, module.state.CB, module.state.SCB = rest
+    if module.weight.device != device:  # the layer has moved meanwhile
+        module.to(device)
 
 
 def _state(module: Any) -> Any:

@@ -44,6 +44,8 @@ def why_not_readable(module: nn.Module) -> str | None:
 def quantised_weight(layer: nn.Module) -> QuantisedWeight:
     """W0 [out_features, in_features] of a quantised linear layer, for `dual_lora_linear`; nothing is copied.
 
+    A weight that bitsandbytes has repacked on a CPU is unpacked in place first.
+
     Layers: bitsandbytes' Linear4bit (NF4, FP4) and Linear8bitLt, ``nn.Linear`` with torchao's weight-only int8 and
     int4, GPTQ's and AWQ's of GPTQModel. Raises ValueError for others, with the reason.
     """
@@ -79,16 +81,17 @@ def compute_in_own_dtype(
         return compute(input.to(dtype)).to(input.dtype)
 
 
-def plain_layer(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
+def plain_layer(layer: nn.Module, weight: torch.Tensor, as_linear: bool = False) -> nn.Module:
     """A plain layer in the place of a quantised one, with this weight [out_features, in_features] and the layer's bias.
 
-    It is an ``nn.Linear``, or transformers' Conv1D where the quantised layer was one once. It gets accelerate's hook.
+    It is an ``nn.Linear``, or, unless `as_linear`, transformers' Conv1D where the quantised layer was one once. It gets
+    accelerate's hook.
     """
     out_features, in_features = weight.shape
     bias = layer.bias
     source: type[nn.Module] = getattr(layer, "source_cls", None) or nn.Linear  # where transformers notes it
     with torch.device("meta"):
-        if issubclass(source, nn.Linear):
+        if as_linear or issubclass(source, nn.Linear):
             plain: nn.Module = nn.Linear(in_features, out_features, bias is not None)
         else:
             plain, weight = source(out_features, in_features), weight.t().contiguous()

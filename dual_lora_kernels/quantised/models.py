@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -13,10 +13,20 @@ from .layers import is_quantised, plain_layer, quantised_weight, why_not_readabl
 _logger = logging.getLogger("dual_lora_kernels")
 
 
-def dequantised_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype that transformers dequantises `model` to by default, its configuration's; None for other models."""
-    if getattr(model, "hf_quantizer", None) is None:
-        return None
+def dequantised_dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[nn.Module], torch.dtype | None]:
+    """The dtype that the weights of a module within `model` are dequantised to.
+
+    `dtype` if it is given, else that of the configuration of the model that transformers quantised around the module,
+    else None. To be asked before the model forgets its quantisation.
+    """
+    own: dict[int, torch.dtype | None] = {}
+    for inner in model.modules():
+        if getattr(inner, "hf_quantizer", None) is not None:
+            own |= dict.fromkeys(map(id, inner.modules()), _config_dtype(inner) if dtype is None else dtype)
+    return lambda module: own.get(id(module), dtype)
+
+
+def _config_dtype(model: nn.Module) -> torch.dtype | None:
     dtype = getattr(model.config, "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else None
 
@@ -38,50 +48,69 @@ def forget_quantisation(model: nn.Module, dtype: torch.dtype | None) -> None:
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is None:
             continue
+        own = _config_dtype(inner) if dtype is None else dtype
         left = {name: module for name, module in inner.named_modules() if is_quantised(module)}
         unreadable = {name: reason for name, module in left.items() if (reason := why_not_readable(module))}
         for name in left.keys() - unreadable.keys():
             weight = quantised_weight(left[name]).dequantised()
-            inner.set_submodule(name, plain_layer(left[name], weight if dtype is None else weight.to(dtype)))
+            inner.set_submodule(name, plain_layer(left[name], weight if own is None else weight.to(own)))
         if len(left) > len(unreadable):
             _logger.info("dequantised %d layers without adapters: %s, …", len(left) - len(unreadable), next(iter(left)))
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_hf_peft_config_loaded"):
-            if flag in vars(inner):
-                setattr(inner, flag, False)
+        inner._hf_peft_config_loaded = False  # type: ignore[assignment]  # transformers'
         if unreadable:
             name, reason = next(iter(unreadable.items()))
-            _logger.warning("%d layers stay quantised, and so does the model: %s's %s", len(unreadable), name, reason)
+            _logger.warning(
+                "%d layers stay quantised, and so does the model: saved and loaded, its merged weights would be "
+                "quantised anew. %s: %s",
+                len(unreadable), name, reason,
+            )  # fmt: skip
             continue
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if flag in vars(inner):
+                setattr(inner, flag, False)
         quantizer.remove_quantization_config(inner)
-        if dtype is not None:
-            _cast_rest(inner, dtype)
+        if own is not None:
+            _cast_rest(inner, own)
 
 
 def _cast_rest(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the other floating-point parameters of a model `dtype`, too: mixed ones could not be multiplied.
 
-    PEFT's ``prepare_model_for_kbit_training`` has cast norms and embeddings up. What is rounded is warned of.
+    PEFT's ``prepare_model_for_kbit_training`` has cast norms and embeddings up. What is rounded is warned of, and what
+    transformers loads in fp32 whatever the dtype stays so.
     """
-    in_fp32 = getattr(model, "_keep_in_fp32_modules", None) or ()
-    rounded = []
+    in_fp32 = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or () if dtype.itemsize == 2 else ()),
+    ]
+    rounded, offloaded = [], []
     for name, parameter in model.named_parameters():
         if parameter.dtype == dtype or not parameter.is_floating_point() or any(part in name for part in in_fp32):
+            continue
+        if parameter.is_meta:
+            offloaded.append(name)
             continue
         other = parameter.detach().to(dtype)
         if not torch.equal(other.to(parameter.dtype), parameter):
             rounded.append(name)
         parameter.data = other
     model.config.dtype = dtype  # type: ignore[union-attr]  # transformers'
-    if rounded:
-        _logger.warning("rounded to %s, as the merged layers are: %s", dtype, ", ".join(rounded[:8]))
+    for what, names in (
+        ("rounded to %s, as the merged layers are", rounded),
+        ("offloaded, and not cast to %s", offloaded),
+    ):
+        if names:
+            _logger.warning(f"{what}: %s", dtype, ", ".join(names[:8]))
 
 
-def report_compute_dtypes(layers: Iterable[nn.Module], dtype: torch.dtype | None) -> None:
-    """Log where quantised layers computed in another dtype than the merged weights get: they are then not bit for bit
-    what training used."""
-    own = {getattr(layer, "compute_dtype", None) for layer in layers} - {None, dtype}
-    if dtype is not None and own:
-        _logger.info(
-            "merged to %s, while layers computed in %s: their weights in training were rounded to that, not to %s",
-            dtype, ", ".join(map(str, own)), dtype,
-        )  # fmt: skip
+def report_compute_dtypes(layers: Iterable[tuple[nn.Module, torch.dtype | None]]) -> None:
+    """Log where quantised layers computed in another dtype than their merged weights get.
+
+    The merged weights are then not bit for bit what training used.
+    """
+    pairs = {(getattr(layer, "compute_dtype", None), dtype) for layer, dtype in layers}
+    for own, dtype in pairs:
+        if own is not None and dtype is not None and own != dtype:
+            _logger.info(
+                "merged to %s, while layers computed in %s: their weights in training were rounded to that", dtype, own
+            )

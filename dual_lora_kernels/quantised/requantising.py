@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import bitsandbytes
-from .layers import quantised_weight
+from .layers import is_quantised, quantised_weight
 
 
 class Loss(NamedTuple):
@@ -38,6 +38,11 @@ def loss(base: torch.Tensor, trained: torch.Tensor, merged: torch.Tensor) -> Los
 
 def refuse_requantising(layer: nn.Module) -> None:
     """Raise ValueError unless the layer's library quantises weights here."""
+    if type(layer) is nn.Linear and not is_quantised(layer):
+        raise ValueError(
+            "base_layer: got a dense Linear, expected a quantised layer: the model has been dequantised since it was "
+            "adapted; merge_and_dequantize() merges it"
+        )
     if not (bitsandbytes.is_four_bit(layer) or bitsandbytes.is_eight_bit(layer)):
         raise ValueError(
             f"base_layer: got {type(layer).__name__} with a weight of {_kind_of_weight(layer)}, expected bitsandbytes' "
