@@ -22,7 +22,8 @@ inline void dequantise_row(const FourBit& w, int64_t first, int64_t count, float
     const uint8_t pair = w.packed[element / 2];
     const float value = w.table[element % 2 == 0 ? pair >> 4 : pair & 15] * absmax;
     const One x = {{value}};
-    return w.dtype == Dtype::bfloat16 ? x.nearest_bfloat16().v[0] : w.dtype == Dtype::float16 ? x.nearest_half().v[0] : value;
+    if (w.dtype == Dtype::bfloat16) return x.nearest_bfloat16().v[0];
+    return w.dtype == Dtype::float16 ? x.nearest_half().v[0] : value;
   };
   int64_t j = 0;
   while (j < count) {

@@ -354,8 +354,8 @@ std::string capability() { return instruction_set().name; }
 }  // namespace dual_lora
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
-  // weight and layout: see base_of; factors: A, B, C, D, scale; grid: the dtype that W is rounded to; dither: where the block begins in the dither's
-  // field, none for rounding to nearest.
+  // weight and layout: see base_of; factors: A, B, C, D, scale; grid: the dtype that W is rounded to; dither: where the
+  // block begins in the dither's field, none for rounding to nearest.
   m.def(
       "cpu_effective_weight(Tensor(a!) out, Tensor[] weight, int[] layout, Tensor[] factors, ScalarType grid, "
       "int[]? dither) -> ()");
@@ -364,7 +364,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
       "int workspace) -> ()");
   // results: W, then the gradients of A, B, C and D.
   m.def(
-      "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor[] weight, int[] layout, Tensor h, Tensor[] factors, "
+      "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor[] weight, int[] layout, Tensor h, "
+      "Tensor[] factors, "
       "ScalarType grid, int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
   m.def(
       "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor[] weight, int[] layout, Tensor[] factors, Tensor? bias, "

@@ -104,7 +104,8 @@ Base base_of(const Tensors& weight, const std::vector<int64_t>& layout, const Fa
     return base;
   }
   STD_TORCH_CHECK(layout.size() == 6 && weight.size() == (layout[4] == 0 ? 3 : 6) && layout[3] > 0 && layout[4] >= 0 &&
-                      layout[5] >= 0 && layout[5] <= 2 && layout[0] >= 0 && layout[1] >= 0 && layout[1] + cols <= layout[2],
+                      layout[5] >= 0 && layout[5] <= 2 && layout[0] >= 0 && layout[1] >= 0 &&
+                      layout[1] + cols <= layout[2],
                   "weight: got ", weight.size(), " tensors and a layout of ", layout.size(),
                   " numbers, which do not fit each other or the factors");
   const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};

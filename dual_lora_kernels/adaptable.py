@@ -18,7 +18,6 @@ from .validation import SUPPORTED_DTYPES
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl")
 """The methods of nn.Module between a call and ``forward``."""
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_UNCALLED = "and its weight is read without calling it; register them on the adapted layer"
 _HOOKS = tuple(
     f"_{name}_hooks"
     for name in (
@@ -95,7 +94,9 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if reason is not None:
         return f"{kind}'s {reason}"
     if quantised:
-        return f"this {kind} has hooks, {_UNCALLED}" if any(getattr(module, name) for name in _CALL_HOOKS) else None
+        if any(getattr(module, name) for name in _CALL_HOOKS):
+            return f"this {kind} has hooks, and would not be called any more; register them on the adapted layer"
+        return None
     others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
     if others or type(module).get_extra_state is not nn.Module.get_extra_state:
         return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"

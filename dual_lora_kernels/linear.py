@@ -254,11 +254,11 @@ class DualLoraLinear(DualLoraAdapter):
         self._unmerged_weight = None
 
     @torch.no_grad()
-    def check_mergeable(self) -> None:
-        """Raise ValueError where `merge` would because of values; nothing to check once merged."""
+    def check_mergeable(self, dtype: torch.dtype | None = None) -> None:
+        """Raise ValueError where `merge` would because of values, or merging in another dtype; no more once merged."""
         if not self.merged:
             self._check_in_memory()
-            self.check_merge_into(self._oriented_weight())
+            self.check_merge_into(self._oriented_weight(), dtype)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

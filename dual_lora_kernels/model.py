@@ -102,10 +102,10 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     a gradient only if they did before.
 
     A quantised layer becomes an ``nn.Linear`` with round(W0 + ΔW) in `dtype`: by default the one of the model's
-    configuration if transformers quantised it, else W0's (fp32 for int8). Where that is the dtype that
-    the layer computed in, these are the weights that it trained with, bit for bit. In a model that transformers
-    quantised, layers without an adapter are dequantised as well, all other parameters get the same dtype (a warning
-    names those that this rounds), and the model forgets that it was quantised.
+    configuration if transformers quantised it, else W0's (fp32 for int8). Where that is the dtype that the layer
+    computed in, these are the weights that it trained with, bit for bit. In a model that transformers quantised, layers
+    without an adapter are dequantised as well, all other parameters get the same dtype (a warning names those that this
+    rounds), and the model forgets that it was quantised. Elsewhere dense layers keep their dtype.
 
     Raises:
         ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
@@ -117,14 +117,12 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     layers = layers_to("merge", model, "merge_and_unload(), and merge_and_dequantize() for quantised models")
     if dtype is not None:
         check_dtype("dtype", dtype)
-    dtype_of = dequantised_dtypes(unwrapped(model), dtype)
+    around = dequantised_dtypes(unwrapped(model), dtype)  # dense layers elsewhere keep their dtype
     quantised = [layer for _, layer in layers if isinstance(layer, QuantisedDualLoraLinear)]
     for name, layer in layers:
         try:
-            if isinstance(layer, QuantisedDualLoraLinear):
-                layer.check_mergeable(dtype_of(layer))
-            else:
-                layer.check_mergeable()
+            own = dtype if isinstance(layer, QuantisedDualLoraLinear) else None
+            layer.check_mergeable(around.get(id(layer), own))
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
     tied = shared_weights(model)
@@ -133,7 +131,7 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     weights = [_copied(layer.weight) if id(layer.weight) in tied else layer.weight for layer in dense]
     plain: dict[int, nn.Module] = {}
     for layer, weight in zip(dense, weights, strict=True):
-        other = dtype_of(layer)
+        other = around.get(id(layer))
         if not layer.merged and other not in (None, weight.dtype):  # cast up for training in a quantised model
             weight = _merged_in(layer, weight, other)
         elif not layer.merged:
@@ -143,9 +141,9 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         plain[id(layer)] = _plain(layer, weight)
     _replace(model, plain)
     for layer in quantised:  # one after the other: each new weight is several times as large as the one it replaces
-        _replace(model, {id(layer): layer.to_plain(dtype_of(layer))})
+        _replace(model, {id(layer): layer.to_plain(around.get(id(layer), dtype))})
     if quantised:
-        report_compute_dtypes((layer.base_layer, dtype_of(layer)) for layer in quantised)
+        report_compute_dtypes((layer.base_layer, around.get(id(layer), dtype)) for layer in quantised)
         forget_quantisation(model, dtype)
     for _, module in list(saved_modules(model)):
         mark_as_saved(module, False)
@@ -187,11 +185,11 @@ def prepared(model: nn.Module) -> Iterator[nn.Module]:
     """
     own = layers_to("prepare", model, "merge_adapter(), which unmerge_adapter() takes back exactly")
     layers = [layer for _, layer in own if not (layer.merged or layer.prepared)]
-    dtype_of = dequantised_dtypes(unwrapped(model), None)
+    around = dequantised_dtypes(unwrapped(model), None)
     try:
         for layer in layers:
             if isinstance(layer, QuantisedDualLoraLinear):
-                layer.prepare(dtype_of(layer))
+                layer.prepare(around.get(id(layer)))
             else:
                 layer.prepare()
         yield model

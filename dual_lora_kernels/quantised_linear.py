@@ -77,11 +77,6 @@ class QuantisedDualLoraLinear(DualLoraLinear):
         )
 
     @torch.no_grad()
-    def check_mergeable(self, dtype: torch.dtype | None = None) -> None:
-        """Raise ValueError where `to_linear` would because of values."""
-        self.check_merge_into(self._oriented_weight(), dtype)
-
-    @torch.no_grad()
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A new, plain ``nn.Linear`` with round(W0 + ΔW) in `dtype` (default: W0's, which is fp32 for int8).
 

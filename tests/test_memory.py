@@ -35,7 +35,7 @@ def _problem(dtype: torch.dtype, device: torch.device) -> Problem:
     return gaussian(TOKENS, ROWS, COLUMNS, rank, rank, dtype=dtype, device=device).requiring_grad()
 
 
-def _vendor_scratch(problem: Problem) -> int:
+def vendor_scratch(problem: Problem) -> int:
     """Bytes that the vendor's own products of these operands take: oneDNN packs bf16 operands where there are bf16
     units, through PyTorch's allocator. MKL's packing is not seen at all."""
     x, weight, grad = problem.x.detach(), problem.weight.detach(), problem.grad
@@ -72,7 +72,7 @@ def test_a_step_stays_within_the_workspace(device: torch.device, backend: str, d
     assert whole >= 6 * WORKSPACE  # else the test could not fail
     trace = _step(problem, ste, backend)
     activations = TOKENS * (ROWS + COLUMNS) * 8  # what is token-sized may be copied or widened
-    scratch = _vendor_scratch(problem)
+    scratch = vendor_scratch(problem)
     assert WORKSPACE + scratch < whole
     assert trace.peak_temporary <= WORKSPACE + THIN * dtype.itemsize // 2 + HASHES + activations + scratch
     assert trace.largest <= max(WORKSPACE, scratch)

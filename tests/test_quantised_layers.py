@@ -255,7 +255,7 @@ def test_a_model_merged_in_another_dtype_runs(dtype: torch.dtype, caplog: pytest
     torch.testing.assert_close(logits(model).float(), before.float(), atol=0.05, rtol=0.05)
 
 
-def test_a_model_that_transformers_dequantises_goes_on(tmp_path: Path) -> None:
+def test_a_model_that_transformers_dequantises_goes_on() -> None:
     model = apply_dual_lora(quantised_llama("nf4"), configuration()).train()
     before = logits(model)
     model.dequantize()
@@ -301,6 +301,28 @@ def test_a_dense_layer_of_a_quantised_model_is_rounded_once() -> None:
     merged = model.model.layers[0].mlp.up_proj.weight
     assert merged.dtype == torch.bfloat16
     assert (merged != expected).float().mean() < 0.01  # P and Q are summed in another order there
+
+
+def test_dense_layers_outside_quantised_models_keep_their_dtype() -> None:
+    """The dtype is that of dequantised weights: a model of both kinds of layers, and one without quantised ones."""
+    model = nn.Sequential(four_bit(64, 128, compute_dtype=torch.bfloat16), nn.Linear(64, 48))
+    apply_dual_lora(model, configuration())
+    merge_dual_lora(model, torch.float16)
+    assert [layer.weight.dtype for layer in model] == [torch.float16, torch.float32]
+    dense = apply_dual_lora(nn.Sequential(nn.Linear(8, 8)), configuration())
+    assert merge_dual_lora(dense, torch.bfloat16)[0].weight.dtype == torch.float32
+
+
+def test_an_overflow_in_another_dtype_is_found_before_anything_changes() -> None:
+    model = quantised_llama("nf4")
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 192, bias=False)
+    apply_dual_lora(model, configuration(["up_proj"]))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.B.fill_(1e4)
+        model.model.layers[0].mlp.up_proj.A.fill_(1e4)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj\.weight: .* overflow torch\.float16"):
+        merge_dual_lora(model, torch.float16)
+    assert len(list(dual_lora_layers(model))) == 2
 
 
 def test_an_int8_model_is_prepared_in_its_own_dtype() -> None:

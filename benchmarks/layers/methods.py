@@ -78,6 +78,7 @@ class _Model(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.layer = linear
+        self.is_loaded_in_4bit = type(linear).__name__ == "Linear4bit"  # as transformers tells PEFT
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.layer(input)

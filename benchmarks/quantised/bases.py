@@ -14,6 +14,7 @@ from torch import nn
 from dual_lora_kernels import DualLoraLinear
 
 from ..layers.methods import ALPHA, NaiveDualLora
+from ..layers.methods import METHODS as DENSE_METHODS
 
 _ROWS = 512
 """Rows that are drawn and quantised at a time, so that no dense weight is ever whole."""
@@ -96,33 +97,10 @@ class DequantisedByTheUser(nn.Module):
         return self.adapter.adapted_linear(input, dequantised(self.base_layer), None)
 
 
-class _Model(nn.Module):
-    """The smallest model that PEFT adapts."""
-
-    is_loaded_in_4bit = True
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] → [..., out_features]."""
-        output: torch.Tensor = self.layer(input)
-        return output
-
-
-def _qlora(layer: Any, r1: int, r2: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(target_modules=["layer"], r=r1 + r2, lora_alpha=int(ALPHA))
-    model: nn.Module = get_peft_model(_Model(layer), config)
-    return model
-
-
 METHODS: dict[str, Callable[[Any, int, int], nn.Module]] = {
-    "qlora": _qlora,
+    "qlora": DENSE_METHODS["lora"],
     "naive": NaiveOnDequantised,
     "dense": DequantisedByTheUser,
-    "dual_lora": lambda layer, r1, r2: DualLoraLinear.from_linear(layer, r1=r1, r2=r2, alpha=ALPHA),
+    "dual_lora": DENSE_METHODS["dual_lora"],
 }
 """(quantised layer, r1, r2) → the layer adapted, at equal trainable parameters; they share the quantised weight."""

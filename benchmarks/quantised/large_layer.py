@@ -2,9 +2,9 @@
 
     python -m benchmarks.quantised.large_layer --tokens 512 --steps 10
 
-Llama 3 70B's ``down_proj`` turned round: 235 million numbers, 470 MB in bf16. Neither W0 nor ΔW is ever whole. The peak
-is the kernel's own count of the process's resident memory (VmHWM), set back before the first step and compared with
-what was resident then: the packed weight, the adapter, the optimiser and the interpreter.
+Llama 3 70B's ``gate_proj`` and ``up_proj`` have 235 million numbers each, 470 MB in bf16. Neither W0 nor ΔW is ever
+whole. The peak is the kernel's own count of the process's resident memory (VmHWM), set back before the first step and
+compared with what was resident then: the interpreter, the packed weight, the adapter and the inputs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _status(field: str) -> int:
 
 
 def measure(shape: tuple[int, int], tokens: int, steps: int, dtype: torch.dtype, rank: int) -> Result:
-    """Train an adapter on the layer to reproduce another one's outputs."""
+    """Train an adapter on the layer towards random outputs."""
     torch.manual_seed(0)
     base = nf4_linear(*shape, dtype, show=True)
     layer = DualLoraLinear.from_linear(base, r1=rank, r2=rank)

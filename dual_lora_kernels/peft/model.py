@@ -158,15 +158,19 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         """The base model with every quantised layer as an ``nn.Linear``, the adapters merged exactly.
 
         `dtype`: of the dequantised weights; by default that of the model's configuration if transformers quantised it,
-        else W0's (fp32 for int8). Where the layers computed in it, the merged weights are those
-        that they trained with, bit for bit; ``merge_and_unload`` quantises them anew instead, and warns of what that
-        loses. Other parameters follow as in `merge_dual_lora`. Raises ValueError as ``merge_and_unload`` does, and
-        TypeError for another dtype than the package computes with, before anything is changed.
+        else W0's (fp32 for int8). Where the layers computed in it, the merged weights are those that they trained with,
+        bit for bit; ``merge_and_unload`` quantises them anew instead, and warns of what that loses. Other parameters
+        follow as in `merge_dual_lora`. Raises ValueError as ``merge_and_unload`` does, and TypeError for another dtype
+        than the package computes with, before anything is changed.
         """
         if dtype is not None:
             check_dtype("dtype", dtype)
         self._check_names(adapter_names)
-        dtype_of = dequantised_dtypes(self.model, dtype)
+        around = dequantised_dtypes(self.model, dtype)
+
+        def dtype_of(layer: Linear) -> torch.dtype | None:
+            return around.get(id(layer), dtype if isinstance(layer, QuantisedLinear) else None)
+
         layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Linear)]
         for name, layer in layers:
             if layer.merged:

@@ -37,7 +37,7 @@ class QuantisedLinear(Linear):
     def _base_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _oriented_weight(self) -> torch.Tensor | QuantisedWeight:  # type: ignore[override]
+    def _oriented_weight(self) -> torch.Tensor | QuantisedWeight:
         return weight_of(self.base_layer)
 
     def _compute(self, adapters: list[DualLoraAdapter], input: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,17 +13,17 @@ from .layers import is_quantised, plain_layer, quantised_weight, why_not_readabl
 _logger = logging.getLogger("dual_lora_kernels")
 
 
-def dequantised_dtypes(model: nn.Module, dtype: torch.dtype | None) -> Callable[[nn.Module], torch.dtype | None]:
-    """The dtype that the weights of a module within `model` are dequantised to.
+def dequantised_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, torch.dtype | None]:
+    """The dtype that transformers' quantised models within `model` get when they are dequantised.
 
-    `dtype` if it is given, else that of the configuration of the model that transformers quantised around the module,
-    else None. To be asked before the model forgets its quantisation.
+    By the identity of each of their modules: `dtype` if it is given, else their configuration's. Asked before they
+    forget their quantisation.
     """
     own: dict[int, torch.dtype | None] = {}
     for inner in model.modules():
         if getattr(inner, "hf_quantizer", None) is not None:
             own |= dict.fromkeys(map(id, inner.modules()), _config_dtype(inner) if dtype is None else dtype)
-    return lambda module: own.get(id(module), dtype)
+    return own
 
 
 def _config_dtype(model: nn.Module) -> torch.dtype | None:
@@ -51,11 +51,12 @@ def forget_quantisation(model: nn.Module, dtype: torch.dtype | None) -> None:
         own = _config_dtype(inner) if dtype is None else dtype
         left = {name: module for name, module in inner.named_modules() if is_quantised(module)}
         unreadable = {name: reason for name, module in left.items() if (reason := why_not_readable(module))}
-        for name in left.keys() - unreadable.keys():
+        readable = [name for name in left if name not in unreadable]
+        for name in readable:
             weight = quantised_weight(left[name]).dequantised()
             inner.set_submodule(name, plain_layer(left[name], weight if own is None else weight.to(own)))
-        if len(left) > len(unreadable):
-            _logger.info("dequantised %d layers without adapters: %s, …", len(left) - len(unreadable), next(iter(left)))
+        if readable:
+            _logger.info("dequantised %d layers without adapters: %s, …", len(readable), readable[0])
         inner._hf_peft_config_loaded = False  # type: ignore[assignment]  # transformers'
         if unreadable:
             name, reason = next(iter(unreadable.items()))
