@@ -60,10 +60,11 @@ def split(extent: int, bytes_per_line: int, budget: int, unit: int = PANEL_UNIT,
     """Split `extent` lines into nearly equal panels of at most `budget` bytes, or of one line.
 
     As few as possible, or with `waves` those whose products take the least time, of which as few as possible. They
-    start at multiples of `unit` lines where that many fit, else of `PANEL_UNIT`, else anywhere.
+    start at multiples of `unit` lines where that many fit, else of `PANEL_UNIT`, else of 2, so that they share no byte
+    of a 4-bit weight, else anywhere.
     """
     largest = max(1, budget // max(1, bytes_per_line))
-    unit = next(lines for lines in (unit, PANEL_UNIT, 1) if lines <= largest)
+    unit = next(lines for lines in (unit, PANEL_UNIT, 2, 1) if lines <= largest)
     units = _ceil_div(extent, unit)
     fewest = _ceil_div(units, largest // unit)
     if not fewest or waves is None:

@@ -25,7 +25,7 @@ def test_panels_cover_once_within_the_budget(extent: int, bytes_per_line: int, b
     assert panels[-1][1] == extent
     sizes = [stop - start for start, stop in panels]
     assert max(sizes) * bytes_per_line <= max(budget, bytes_per_line)
-    unit = 64 if budget // bytes_per_line >= 64 else 1
+    unit = next(lines for lines in (64, 2, 1) if lines <= max(1, budget // bytes_per_line))
     assert all(start % unit == 0 for start, _ in panels)
     assert max(sizes) - min(sizes) < 2 * unit  # a unit, and what the last one lacks
     fewest = -(-extent // (max(1, budget // bytes_per_line) // unit * unit))
