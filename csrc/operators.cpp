@@ -320,7 +320,7 @@ void weight_and_factor_gradients(const std::vector<OptionalTensor>& results, con
 }
 
 void few_tokens(const Tensor& out, const Tensor& input, const Tensors& weight, const std::vector<int64_t>& layout,
-                const Tensors& tensors, const OptionalTensor& bias, bool dither) {
+                const Tensors& tensors, const OptionalTensor& bias, const OptionalOrigin& dither) {
   const Factors factors = factors_of(tensors);
   const Matrix x = matrix(input, "input"), y = matrix(out, "out");
   Matrix bias_view;
@@ -335,8 +335,7 @@ void few_tokens(const Tensor& out, const Tensor& input, const Tensors& weight, c
                   name_of(input.scalar_type()), " with factors of ", name_of(tensors[0].scalar_type()),
                   ", expected float64 for both or for neither");
   if (x.rows == 0) return;
-  const OptionalOrigin origin = dither ? OptionalOrigin({0, 0}) : std::nullopt;
-  TokenJob job = {weight_job({}, base_of(weight, layout, factors), factors, x.dtype, origin), x, y, bias_view};
+  TokenJob job = {weight_job({}, base_of(weight, layout, factors), factors, x.dtype, dither), x, y, bias_view};
   const PackedFactors packed(factors, is_wide(factors), Use::weight);
   job.weight_job.packed = packed.view;
   const KernelTable& kernels = instruction_set().kernels;
@@ -369,7 +368,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
       "ScalarType grid, int[]? dither, int estimator, float clip_bound, int workspace) -> ()");
   m.def(
       "cpu_few_tokens(Tensor(a!) out, Tensor input, Tensor[] weight, int[] layout, Tensor[] factors, Tensor? bias, "
-      "bool dither) -> ()");
+      "int[]? dither) -> ()");
   m.def("cpu_capability() -> str");
 }
 

@@ -18,9 +18,14 @@ from .validation import check_scale_value
 
 
 class Options(NamedTuple):
-    """How a call is computed: the last arguments of every operator. A backward pass is handed its forward pass's."""
+    """How a call is computed: the last arguments of every operator. A backward pass is handed its forward pass's.
+
+    `row0` and `col0` place the call's weight in the full one, of which it may be a shard.
+    """
 
     rounding: str
+    row0: int
+    col0: int
     backend: str
     strategy: str
     workspace: int
@@ -28,13 +33,15 @@ class Options(NamedTuple):
     def resolve(self, device: torch.device, compute_dtype: torch.dtype, factor_dtype: torch.dtype) -> Call:
         """The options with the backend that serves such a call. Raises as `resolve_backend` does."""
         backend = resolve_backend(self.backend, device, compute_dtype, factor_dtype)
-        return Call(self.rounding, backend, Settings(self.strategy, self.workspace))
+        return Call(self.rounding, self.row0, self.col0, backend, Settings(self.strategy, self.workspace))
 
 
 class Call(NamedTuple):
     """`Options` once the backend is known."""
 
     rounding: str
+    row0: int
+    col0: int
     backend: Backend
     settings: Settings
     is_whole: bool = False
@@ -43,8 +50,8 @@ class Call(NamedTuple):
     def block(
         self, weight: torch.Tensor | QuantisedWeight | None, factors: Sequence[torch.Tensor], dtype: torch.dtype
     ) -> Block:
-        """The full weight as one block."""
-        return Block(base_of(weight), Factors(*factors), self.rounding, dtype)
+        """The call's weight as one block."""
+        return Block(base_of(weight), Factors(*factors), self.rounding, dtype, self.row0, self.col0)
 
 
 def linear(

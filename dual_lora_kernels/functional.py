@@ -22,6 +22,7 @@ from .validation import (
     check_dtype,
     check_estimator,
     check_factors,
+    check_origin,
     check_scale_value,
     check_tensor,
     check_weight,
@@ -144,6 +145,7 @@ def dual_lora_linear(
     rounding: str = "dither",
     backend: str | None = None,
     clip_bound: float = 1.0,
+    origin: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """Linear layer with a Dual LoRA update: ``input @ round(weight + ΔW).T + bias`` (arXiv 2512.03402, section 3.1).
 
@@ -165,6 +167,8 @@ def dual_lora_linear(
             ``"nearest"`` deletes them (docs/numerics.md). fp32 and fp64 round to nearest.
         backend: a name from `available_backends`, ``"auto"``, or None for the default (`set_default_backend`).
         clip_bound: bound of ``ste="clip"``; 1 in the paper. A loss scaled by a GradScaler is clipped scaled.
+        origin: (row, column) of this weight's first element in the full weight, where it is a shard of one. The dither
+            and the order of additions depend on it, so a shard's W has the full weight's bits.
 
     Returns:
         [..., out_features] in the compute dtype. Differentiable once with respect to every tensor but `scale`.
@@ -191,13 +195,13 @@ def dual_lora_linear(
     backend = default_backend() if backend is None else backend
     tensors = (input, weight, A, B, C, D, bias)
     if torch.compiler.is_compiling():
-        checked, call = _check(*tensors, ste, rounding, backend, clip_bound), None
+        checked, call = _check(*tensors, ste, rounding, backend, clip_bound, origin), None
         scale = as_scale_tensor(scale, A)
     else:
         if type(scale) is not torch.Tensor:
             check_tensor("A", A)
             scale = as_scale_tensor(scale, A)
-        checked = _remembered(*tensors, scale, ste, rounding, backend, clip_bound)
+        checked = _remembered(*tensors, scale, ste, rounding, backend, clip_bound, origin)
         call = None if _is_observed() or _autocasts(input) else checked.call
     rows = input if call is not None else input.to(compute_dtype(input))
     if rows.dim() != 2:
@@ -227,6 +231,7 @@ def _remembered(
     rounding: str,
     backend: str,
     clip_bound: float,
+    origin: tuple[int, int],
 ) -> _Checked:
     """`_check`, once for all calls whose tensors have the same metadata and whose settings are the same.
 
@@ -234,7 +239,7 @@ def _remembered(
     """
     try:
         key: tuple[object, ...] = (
-            ste, rounding, backend, clip_bound, type(clip_bound), current_settings(),
+            ste, rounding, backend, clip_bound, type(clip_bound), origin, current_settings(),
             _metadata(input), _metadata(A), _metadata(B), _metadata(C), _metadata(D),
             None if weight is None else _weight_metadata(weight), None if bias is None else _metadata(bias),
             _metadata(scale), scale.requires_grad,
@@ -243,7 +248,7 @@ def _remembered(
     except (AttributeError, RuntimeError, TypeError):  # what is no dense tensor, or no setting: the checks say which
         key, known = (), None
     if known is None:
-        known = _check(input, weight, A, B, C, D, bias, ste, rounding, backend, clip_bound)
+        known = _check(input, weight, A, B, C, D, bias, ste, rounding, backend, clip_bound, origin)
         as_scale_tensor(scale, A)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
@@ -271,11 +276,13 @@ def _check(
     rounding: str,
     backend: str,
     clip_bound: float,
+    origin: tuple[int, int],
 ) -> _Checked:
     """Check all arguments of `dual_lora_linear` but the scale."""
     clip_bound = check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
     check_backend_name(backend)
+    check_origin(origin)
     in_features, out_features = check_factors(A, B, C, D)
     if weight is not None:
         check_weight(weight, A, in_features, out_features)
@@ -295,7 +302,7 @@ def _check(
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [out_features] = [{out_features}], from B")
         if bias.device != A.device:
             raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
-    options = Options(rounding, backend, *current_settings())
+    options = Options(rounding, *origin, backend, *current_settings())
     tensors = (input, A, B, C, D, bias, *parts(weight)[0])
     plain = all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
     call = None
@@ -327,19 +334,22 @@ def dual_lora_delta(
     D: torch.Tensor,
     scale: float | torch.Tensor,
     dtype: torch.dtype | None = None,
+    *,
+    origin: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """ΔW [out_features, in_features] as a tensor, for export and inspection: training never needs it.
 
-    Computed in fp32 (fp64 for fp64 factors) and rounded to nearest to `dtype` (default: the factors'). Raises as
-    `dual_lora_linear` does.
+    Computed in fp32 (fp64 for fp64 factors) and rounded to nearest to `dtype` (default: the factors'). `origin`: as for
+    `dual_lora_linear`. Raises as it does.
     """
     check_factors(A, B, C, D)
     if dtype is not None:
         check_dtype("dtype", dtype)
+    check_origin(origin)
     scale = as_scale_tensor(scale, A)
     check_scale_value(scale)
     update = A.new_empty((B.shape[0], A.shape[1]), dtype=dtype)
     chosen = resolve_backend(default_backend(), A.device, update.dtype, A.dtype)
-    block = Block(None, Factors(A, B, C, D, scale), "nearest", update.dtype)
+    block = Block(None, Factors(A, B, C, D, scale), "nearest", update.dtype, *origin)
     panels.write_weight(update, block, chosen, current_settings())
     return update

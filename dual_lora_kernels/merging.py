@@ -20,6 +20,7 @@ from .validation import (
     check_dtype,
     check_factors,
     check_finite,
+    check_origin,
     check_weight,
     overlaps_itself,
 )
@@ -38,23 +39,24 @@ def dual_lora_merge_(
     *,
     rounding: str = "dither",
     backend: str | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """Write round(W0 + ΔW) over `weight` [out_features, in_features], block by block, and return it.
 
     With the forward pass's `rounding`, these are bit for bit the weights that a forward pass in the weight's dtype
-    used. Raises as `dual_lora_linear` does, as `check_mergeable` does, and ValueError for a weight some of whose
-    elements share memory (an expanded one, say), before anything is changed.
+    used; `origin` is as there. Raises as `dual_lora_linear` does, as `check_mergeable` does, and ValueError for a
+    weight some of whose elements share memory (an expanded one, say), before anything is changed.
     """
     if isinstance(weight, QuantisedWeight):
         raise TypeError(f"weight: got {weight!r}, expected a tensor; dual_lora_merged makes one of it")
-    check_mergeable(weight, A, B, C, D, scale, rounding=rounding, backend=backend)
+    check_mergeable(weight, A, B, C, D, scale, rounding=rounding, backend=backend, origin=origin)
     if overlaps_itself(weight):
         raise ValueError(
             f"weight: got the strides {weight.stride()}, expected memory of its own for every element: clone() it"
         )
     scale = as_scale_tensor(scale, A)
     backend = default_backend() if backend is None else backend
-    _ops.merge_(weight, (A, B, C, D, scale), *Options(rounding, backend, *current_settings()))
+    _ops.merge_(weight, (A, B, C, D, scale), *Options(rounding, *origin, backend, *current_settings()))
     return weight
 
 
@@ -70,6 +72,7 @@ def dual_lora_merged(
     dtype: torch.dtype | None = None,
     rounding: str = "dither",
     backend: str | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """round(W0 + ΔW) as a new tensor [out_features, in_features] of `dtype` (default: W0's), for quantised weights too.
 
@@ -78,11 +81,11 @@ def dual_lora_merged(
     """
     if dtype is not None:
         check_dtype("dtype", dtype)
-    check_mergeable(weight, A, B, C, D, scale, dtype=dtype, rounding=rounding, backend=backend)
+    check_mergeable(weight, A, B, C, D, scale, dtype=dtype, rounding=rounding, backend=backend, origin=origin)
     dtype = weight.dtype if dtype is None else dtype
     chosen = resolve_backend(default_backend() if backend is None else backend, weight.device, dtype, A.dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    block = Block(base_of(weight), Factors(A, B, C, D, as_scale_tensor(scale, A)), rounding, dtype)
+    block = Block(base_of(weight), Factors(A, B, C, D, as_scale_tensor(scale, A)), rounding, dtype, *origin)
     panels.write_weight(out, block, chosen, current_settings())
     return out
 
@@ -99,6 +102,7 @@ def check_mergeable(
     dtype: torch.dtype | None = None,
     rounding: str = "dither",
     backend: str | None = None,
+    origin: tuple[int, int] = (0, 0),
 ) -> None:
     """Raise ValueError where merging would write a non-finite number of `dtype` (default: W0's) over a finite one.
 
@@ -109,6 +113,7 @@ def check_mergeable(
     check_choice("rounding", rounding, ROUNDINGS)
     backend = default_backend() if backend is None else backend
     check_backend_name(backend)
+    check_origin(origin)
     check_weight(weight, A, *check_factors(A, B, C, D))
     factors = Factors(A, B, C, D, as_scale_tensor(scale, A))
     for name, tensor in zip(Factors._fields, factors, strict=True):
@@ -118,7 +123,7 @@ def check_mergeable(
         return
     chosen = resolve_backend(backend, weight.device, dtype, A.dtype)
     overflow = panels.first_overflow(
-        Block(base_of(weight), factors, rounding, dtype), dtype, chosen, current_settings()
+        Block(base_of(weight), factors, rounding, dtype, *origin), dtype, chosen, current_settings()
     )
     if overflow is not None:
         row, column, number = overflow

@@ -23,7 +23,7 @@ NAMESPACE = "dual_lora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 # `factors` are A, B, C, D and the scale; `weight` and `layout` are what `parts` makes of a weight.
-_OPTIONS = "str rounding, str backend, str strategy, int workspace"
+_OPTIONS = "str rounding, int row0, int col0, str backend, str strategy, int workspace"
 _library.define(
     f"linear(Tensor input, Tensor[] weight, str layout, Tensor[] factors, Tensor? bias, {_OPTIONS}) -> Tensor"
 )

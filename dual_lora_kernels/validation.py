@@ -50,6 +50,14 @@ def check_positive_int(name: str, value: object) -> int:
     return int(value)
 
 
+def check_origin(origin: object) -> None:
+    """Raise TypeError unless `origin` is a tuple of two integers, ValueError unless these are indices."""
+    if not isinstance(origin, tuple) or len(origin) != 2 or any(type(index) is not int for index in origin):
+        raise TypeError(f"origin: got {origin!r}, expected a tuple of two integers, (row, column)")
+    if not all(0 <= index <= _LARGEST_INT for index in origin):
+        raise ValueError(f"origin: got {origin}, expected a row and a column from 0 to {_LARGEST_INT}")
+
+
 def check_number(name: str, value: object, low: float = -_LARGEST_FLOAT, high: float = _LARGEST_FLOAT) -> float:
     """Return a real number, NumPy's included, as Python's.
 

@@ -14,8 +14,8 @@ from dual_lora_kernels import DualLoraLinear, DualLoraWarmup, dual_lora_linear
 from dual_lora_kernels.self_check.problems import Problem, autograd_gradients, gaussian, relative_error
 
 OPS = torch.ops.dual_lora_kernels
-OPTIONS = ("dither", "auto", "auto", 1 << 25)
-"""Rounding, backend, strategy and workspace."""
+OPTIONS = ("dither", 0, 0, "auto", "auto", 1 << 25)
+"""Rounding, origin, backend, strategy and workspace."""
 
 
 @pytest.fixture(autouse=True)

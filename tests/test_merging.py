@@ -76,7 +76,7 @@ def test_a_merge_is_refused_exactly_where_it_would_overflow(
     factors = (layer.A, layer.B, layer.C, layer.D, layer.scale)
     merged = torch.ops.dual_lora_kernels.merge_
     forced = layer.weight.detach().clone()
-    merged(forced, factors, "dither", "auto", "auto", 1 << 25)
+    merged(forced, factors, "dither", 0, 0, "auto", "auto", 1 << 25)
     before = layer.weight.detach().clone()
     if forced.isfinite().all():
         assert torch.equal(dual_lora_merge_(layer.weight.detach(), *factors), forced)

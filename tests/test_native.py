@@ -112,13 +112,19 @@ def test_exact_few_tokens(data: st.DataObject, case: Case, tokens: int) -> None:
     x = place(x, data.draw(st.sampled_from([*LAYOUTS, "expanded"])))
     bias = torch.randint(-3, 4, (2 * n,), generator=generator).to(data.draw(st.sampled_from(DTYPES)))[::2]
     bias = data.draw(st.sampled_from([bias, None]))
-    weight = reference.effective_weight(case.weight, *case.factors, dtype, case.rounding)
+    weight = reference.effective_weight(case.weight, *case.factors, dtype, case.rounding, case.row0, case.col0)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     out = place(torch.full((tokens, n), torch.nan, dtype=dtype), case.out_layout)
     before = out._base.clone()
     dithers = case.rounding == "dither" and dtype in (torch.bfloat16, torch.float16)
     torch.ops.dual_lora_kernels.cpu_few_tokens(
-        out, x, [] if case.weight is None else [case.weight], [], case.factors, bias, dithers
+        out,
+        x,
+        [] if case.weight is None else [case.weight],
+        [],
+        case.factors,
+        bias,
+        (case.row0, case.col0) if dithers else None,
     )
     check(out, before, expected.to(dtype))
 

@@ -136,7 +136,7 @@ def _call(operator: str, given: dict[str, Any]) -> None:
     """The operator on these arguments, put into lists as it takes them."""
     factors = [given[name] for name in ("A", "B", "C", "D", "scale")]
     if operator == "cpu_few_tokens":
-        OPS.cpu_few_tokens(given["out"], given["input"], [given["weight"]], [], factors, given["bias"], True)
+        OPS.cpu_few_tokens(given["out"], given["input"], [given["weight"]], [], factors, given["bias"], (0, 0))
     elif operator == "cpu_effective_weight":
         OPS.cpu_effective_weight(given["out"], [given["weight"]], [], factors, given["grid"], (0, 0))
     else:

@@ -241,7 +241,7 @@ def test_opcheck(device: torch.device) -> None:
     from dual_lora_kernels.ops import parts
 
     problem, quantised = _problem(KINDS[1], 9, device, torch.float32)
-    operators, options = torch.ops.dual_lora_kernels, ("dither", "auto", "auto", 1 << 20)
+    operators, options = torch.ops.dual_lora_kernels, ("dither", 0, 0, "auto", "auto", 1 << 20)
     factors = tuple(problem.factors)
     torch.library.opcheck(operators.linear.default, (problem.x, *parts(quantised), factors, None, *options))
     wanted = [True, True, False, True, True, False]

@@ -122,8 +122,7 @@ class NativeFewTokens:
         self, operation: str, input: torch.Tensor, block: Block, bias: torch.Tensor | None, settings: Settings
     ) -> torch.Tensor:
         out = input.new_empty(input.shape[0], block.shape[0])
-        dithers = is_dithered(block.dtype, block.rounding)
-        _ops.cpu_few_tokens(out, input, *_tensors(block.base), block.factors, bias, dithers)
+        _ops.cpu_few_tokens(out, input, *_tensors(block.base), block.factors, bias, _dither(block))
         return out
 
     def token_product(self, *args: Any) -> None:

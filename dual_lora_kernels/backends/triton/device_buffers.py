@@ -22,10 +22,14 @@ _counters: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 """Zeros of each stream, since kernels of two streams may run at once. None is ever released: kernels may be queued."""
 
 
-def hashes(like: torch.Tensor, rounding: str, rows: int, columns: int) -> Hashes:
-    """The dither's vectors for a weight of at least rows × columns and a tile more, kept per device."""
+def hashes(like: torch.Tensor, rounding: str, rows: int, columns: int, origin: tuple[int, int] = (0, 0)) -> Hashes:
+    """The dither's vectors for a block of at least rows × columns and a tile more, at `origin`; kept per device."""
     if not is_dithered(like.dtype, rounding):
         return Hashes(like, like)  # never read
+    if origin != (0, 0):
+        row0, col0 = origin
+        whole = hashes(like, rounding, row0 + rows, col0 + columns)
+        return Hashes(whole.rows[row0:], whole.columns[col0:])
     needed = max(rows, columns) + _TILE_MARGIN
     kept = _hashes.setdefault(like.device, [])
     if kept and len(kept[-1].rows) >= needed:

@@ -32,8 +32,8 @@ def effective_weight(out: torch.Tensor, block: Block) -> None:
     """See `Backend.effective_weight`; the block's base is in a form that the kernels read."""
     if out.numel() == 0:
         return
-    row0, col0 = block.origin
-    own_hashes = hashes(out, block.rounding, row0 + out.shape[0], col0 + out.shape[1])
+    (row0, col0), (rows, columns) = block.origin, block.shape
+    own_hashes = hashes(out, block.rounding, row0 + rows, col0 + columns)  # whole: panels begin at many origins
     chip = _architecture(out.device)
     shape = chip.shapes(out.itemsize).effective_weight
     launches.effective_weight(out, block, own_hashes, shape, chip).run()
@@ -73,7 +73,7 @@ def weight_product(
         tiles = launches.ceil_div(tokens, shape.block_m) * launches.ceil_div(features, shape.block_n)
         partials = input.new_empty((split_k, tokens, features), dtype=wide)
         split = launches.SplitSum(partials, counters(input.device, tiles))
-    own_hashes = hashes(input, block.rounding, out_features, in_features)
+    own_hashes = hashes(input, block.rounding, *block.shape, block.origin)
     launch = launches.weight_product(operation, result, input, block, bias, own_hashes, shape, chip, split)
     _run_fitting(launch, operation, input, block.factors, block.base)
     return result
