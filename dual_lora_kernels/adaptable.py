@@ -13,6 +13,8 @@ from torch.nn.utils import parametrize
 from .adapter import DualLoraAdapter
 from .hooks import has_aligning_hook
 from .quantised.layers import is_quantised, why_not_readable
+from .sharding import described, is_sharded
+from .transformers_parallel import rules_of, why_not_split
 from .validation import SUPPORTED_DTYPES
 
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl")
@@ -83,7 +85,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     # accelerate leaves the class's own forward on the instance when it takes its hooks off.
     own_forward = types.MethodType(type(module).forward, module)
     replaced = "_old_forward" if has_aligning_hook(module) else "forward"
-    if vars(module).get(replaced, own_forward) != own_forward:
+    rules = rules_of(module)
+    if rules is None and vars(module).get(replaced, own_forward) != own_forward:
         return f"this {kind}'s forward was replaced on the instance (unsloth does that)"
     for name in _CALL:
         if name in vars(module) or getattr(type(module), name) is not getattr(nn.Module, name):
@@ -97,6 +100,10 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         if any(getattr(module, name) for name in _CALL_HOOKS):
             return f"this {kind} has hooks, and would not be called any more; register them on the adapted layer"
         return None
+    if rules is not None:
+        reason = why_not_split(rules, *linear_features(module))
+        if reason is not None:
+            return f"{kind}: {reason}"
     others = [*module._parameters.keys() - {"weight", "bias"}, *module._buffers, *module._modules]
     if others or type(module).get_extra_state is not nn.Module.get_extra_state:
         return f"{kind} has {', '.join(sorted(others)) or 'extra state'} beside weight and bias"
@@ -119,6 +126,8 @@ def _why_not_plain(module: nn.Module, name: str) -> str | None:
         return f"{name} is packed or quantised ({parameter.dtype}, shape {tuple(parameter.shape)})"
     if parameter.layout != torch.strided:
         return f"{name} has the layout {parameter.layout}, and is not dense"
-    if type(parameter.data) is not torch.Tensor:
-        return f"{name} is a {type(parameter.data).__name__}, a tensor subclass (quantised or sharded?)"
+    if is_sharded(parameter) and rules_of(module) is None:
+        return f"{name} is sharded ({described(parameter)}); adapt the model before parallelize_module and fully_shard"
+    if type(parameter.data) is not torch.Tensor and not is_sharded(parameter):
+        return f"{name} is a {type(parameter.data).__name__}, a tensor subclass (quantised?)"
     return None

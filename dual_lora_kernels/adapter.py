@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from . import automatic_warmup
+from . import automatic_warmup, tensor_parallel
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_, dual_lora_merged
 from .quantised.weight import QuantisedWeight
+from .sharding import agree, draw_normal, full, is_sharded, local_block
+from .tensor_parallel import FourFactors
 from .validation import (
     LARGEST_SCALE,
     check_dtype,
@@ -99,7 +101,7 @@ class DualLoraAdapter(nn.Module):
     def reset_adapter_parameters(self) -> None:
         """Draw the four factors from N(0, init_std²) and set the scale to its full value."""
         for name in FACTOR_NAMES:
-            getattr(self, name).normal_(0.0, self.init_std)
+            draw_normal(getattr(self, name), self.init_std)
         self.scale.fill_(self.full_scale)
 
     @torch.no_grad()
@@ -131,41 +133,106 @@ class DualLoraAdapter(nn.Module):
     ) -> torch.Tensor:
         """x W0ᵀ + b without the update, also where the weight's dtype is another than the input's, or quantised."""
         check_tensor("input", input)
+        if is_sharded(self.A):
+            return tensor_parallel.linear(self._base_product, input, weight, self._constants(), bias)  # type: ignore[arg-type]
+        return self._base_product(input, weight, self._constants(), bias)
+
+    def _constants(self) -> FourFactors:
+        """The factors, without a gradient."""
+        return self.A.detach(), self.B.detach(), self.C.detach(), self.D.detach()
+
+    def _base_product(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor | QuantisedWeight,
+        factors: FourFactors,
+        bias: torch.Tensor | None,
+        origin: tuple[int, int] = (0, 0),
+    ) -> torch.Tensor:
         dtype = compute_dtype(input)
         if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
             return nn.functional.linear(input.to(dtype), weight, None if bias is None else bias.to(dtype))
         # F.linear would need W0 cast whole, and keep the copy for backward. Panels of W0 + 0 · ΔW are cast one by one.
-        A, B, C, D = (getattr(self, name).detach() for name in FACTOR_NAMES)
         no_update = torch.zeros_like(self.scale)
-        return dual_lora_linear(input, weight, A, B, C, D, no_update, bias, rounding=self.rounding)
+        return dual_lora_linear(input, weight, *factors, no_update, bias, rounding=self.rounding, origin=origin)
 
     def _linear(
         self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if is_sharded(self.A):
+            return tensor_parallel.linear(self._product, input, weight, self.factors(), bias)  # type: ignore[arg-type]
+        return self._product(input, weight, self.factors(), bias)
+
+    def _product(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor | QuantisedWeight | None,
+        factors: FourFactors,
+        bias: torch.Tensor | None,
+        origin: tuple[int, int] = (0, 0),
     ) -> torch.Tensor:
         # FSDP's buffer_dtype and the like write buffers without asking the module.
         scale = self.scale
         if scale.dtype != torch.float32:
             scale = scale.to(torch.float32)
         return dual_lora_linear(
-            input, weight, self.A, self.B, self.C, self.D, scale, bias,
-            ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound,
+            input, weight, *factors, scale, bias,
+            ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound, origin=origin,
         )  # fmt: skip
 
     def delta_weight(self) -> torch.Tensor:
         """ΔW [out_features, in_features] in the factors' dtype, materialised: for inspection and export."""
-        return dual_lora_delta(self.A, self.B, self.C, self.D, self.scale)
+        return dual_lora_delta(*self._whole(), self.scale)
 
     def merge_into(self, weight: torch.Tensor) -> None:
-        """Write round(W0 + ΔW) over a weight [out_features, in_features]; raises as `dual_lora_merge_` does."""
-        dual_lora_merge_(weight, self.A, self.B, self.C, self.D, self.scale, rounding=self.rounding)
+        """Write round(W0 + ΔW) over a weight [out_features, in_features]; raises as `dual_lora_merge_` does.
+
+        Of a sharded weight every process writes its own part; no part is gathered but of the factors.
+        """
+        if is_sharded(weight):
+            self.check_merge_into(weight)
+        own, factors, origin = self._part_for(weight)
+        if own.numel():
+            dual_lora_merge_(own, *factors, self.scale, rounding=self.rounding, origin=origin)
 
     def merged_with(self, weight: torch.Tensor | QuantisedWeight, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """round(W0 + ΔW) as a new tensor; see `dual_lora_merged`."""
-        return dual_lora_merged(weight, self.A, self.B, self.C, self.D, self.scale, dtype=dtype, rounding=self.rounding)
+        """round(W0 + ΔW) as a new tensor, sharded as the weight is; see `dual_lora_merged`."""
+        if not is_sharded(weight):
+            return dual_lora_merged(weight, *self._whole(), self.scale, dtype=dtype, rounding=self.rounding)
+        self.check_merge_into(weight, dtype)
+        merged = torch.empty_like(weight, dtype=dtype)
+        part, _ = local_block(merged)
+        own, factors, origin = self._part_for(weight)
+        if own.numel():
+            part.copy_(dual_lora_merged(own, *factors, self.scale, dtype=dtype, rounding=self.rounding, origin=origin))
+        return merged
 
     def check_merge_into(self, weight: torch.Tensor | QuantisedWeight, dtype: torch.dtype | None = None) -> None:
         """Raise ValueError where `merge_into`, or `merged_with` in `dtype`, would because of values."""
-        check_mergeable(weight, self.A, self.B, self.C, self.D, self.scale, dtype=dtype, rounding=self.rounding)
+        own, factors, origin = self._part_for(weight)
+        try:
+            if not is_sharded(weight) or own.numel():
+                check_mergeable(own, *factors, self.scale, dtype=dtype, rounding=self.rounding, origin=origin)
+            problem = None
+        except ValueError as error:
+            problem = str(error)
+        if is_sharded(weight):
+            problem = agree(problem, weight)
+        if problem is not None:
+            raise ValueError(problem)
+
+    def _whole(self) -> FourFactors:
+        """The factors as plain tensors."""
+        return full(self.A), full(self.B), full(self.C), full(self.D)
+
+    def _part_for(self, weight: Any) -> tuple[Any, FourFactors, tuple[int, int]]:
+        """(this process's part of a weight, the factors of that part, its origin). Gathers sharded factors."""
+        A, B, C, D = self._whole()
+        if not is_sharded(weight):
+            return weight, (A, B, C, D), (0, 0)
+        own, (row, column) = local_block(weight)
+        rows, columns = slice(row, row + own.shape[0]), slice(column, column + own.shape[1])
+        return own, (A[:, columns], B[rows], C[:, columns], D[rows]), (row, column)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
         """A, B, C and D."""

@@ -10,6 +10,7 @@ from torch import nn
 from .adapter import FACTOR_NAMES, unwrapped
 from .adapter_files import Adapter, layer_config
 from .linear import dual_lora_layers, layers_to
+from .sharding import full, is_first
 from .validation import SUPPORTED_DTYPES, check_finite
 
 SAVED_TENSORS = (*FACTOR_NAMES, "scale")
@@ -50,13 +51,21 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> Adapter:
     """The adapter of `model`, to be saved. `state_dict`: the model's, where its own tensors are sharded, say.
 
-    Raises ValueError where there is none, or where it holds what could not be loaded: see `check_value`.
+    Sharded tensors are gathered one by one, so all processes have to call this; the first one alone keeps them, and the
+    others get an adapter without tensors. Raises ValueError where there is none, or where it holds what could not be
+    loaded: see `check_value`.
     """
     state = dual_lora_state_dict(model)
     if state_dict is not None:
         state = {name: state_dict.get(name, tensor).detach() for name, tensor in state.items()}
-    for name, tensor in state.items():
-        check_value("model", name, tensor, tensor.dtype)
+    keeps = is_first(state.values())
+    for name, tensor in list(state.items()):
+        whole = full(tensor)
+        check_value("model", name, whole, whole.dtype)
+        if not keeps:
+            del state[name]
+        elif whole is not tensor:
+            state[name] = whole.cpu()
     configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
     # A module that is saved whole can have one tensor under two names.
     seen: set[int] = set()

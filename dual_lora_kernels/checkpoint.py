@@ -18,8 +18,9 @@ from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from .adapter_state import SAVED_TENSORS, adapter_of, check_value, dual_lora_state_dict, saved_modules
 from .config import DualLoraConfig
 from .linear import dual_lora_layers, layers_to
-from .model import adapt
+from .model import adapt, check_not_distributed
 from .peft_files import PEFT_CONFIG_FILE, read_peft_files
+from .sharding import copy_into, full, in_first
 from .targets import refuse_tied
 from .validation import check_tensor
 
@@ -76,18 +77,22 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     file or the last flush failed.
     """
     folder = Path(folder)
-    if os.path.exists(folder / PEFT_CONFIG_FILE):  # False too where that cannot be known
-        raise ValueError(
-            f"folder: got {str(folder)!r}, which holds an adapter in PEFT's files, expected another folder"
-        )
     adapter = adapter_of(model)
     saved = {id(getattr(layer, name)) for _, layer in dual_lora_layers(model) for name in FACTOR_NAMES}
     saved |= {id(parameter) for _, module in saved_modules(model) for parameter in module.parameters()}
     others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in saved]
     if others:
         _logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
-    write_adapter(folder, adapter)
+    in_first(dual_lora_state_dict(model).values(), lambda: _write(folder, adapter))
     return folder
+
+
+def _write(folder: Path, adapter: Adapter) -> None:
+    if os.path.exists(folder / PEFT_CONFIG_FILE):  # False too where that cannot be known
+        raise ValueError(
+            f"folder: got {str(folder)!r}, which holds an adapter in PEFT's files, expected another folder"
+        )
+    write_adapter(folder, adapter)
 
 
 def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -112,6 +117,7 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     if next(dual_lora_layers(model), None) is None:
         if next(dual_lora_adapters(model), None) is not None:
             layers_to("load into", model, "load_adapter()")
+        check_not_distributed(model)
         chosen = _saved_layers(model, adapter.configs)
         whole = _modules_saved_whole(model, adapter.modules_to_save)
         slots = _slots_after_adapting(chosen)
@@ -213,7 +219,7 @@ def _check_state(argument: str, slots: Mapping[str, _Slot], state: Mapping[str, 
                 f"{argument}: {name} has shape {tuple(value.shape)}, expected {shape}: "
                 "the adapter was trained with other ranks or for another model"
             )
-        check_value(argument, name, value, dtype)
+        check_value(argument, name, full(value), dtype)
 
 
 @torch.no_grad()
@@ -233,7 +239,7 @@ def _put(module: nn.Module, name: str, value: torch.Tensor, device: torch.device
     """Give a tensor of `module` new values; one on the meta device is replaced by one on `device`."""
     own: torch.Tensor = getattr(module, name)
     if not own.is_meta:
-        own.copy_(value)
+        copy_into(own, value)
         return
     real = value.to(device, own.dtype, copy=True)
     # Not setattr, which init_empty_weights makes move the values to the meta device again.

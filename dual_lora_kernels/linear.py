@@ -14,6 +14,9 @@ from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_of
 from .prepared import PreparedWeight, state_of
 from .quantised.layers import is_quantised
 from .quantised.weight import QuantisedWeight
+from .sharding import described, is_sharded
+from .tensor_parallel import split_adapter
+from .transformers_parallel import Rules, rules_of
 from .validation import check_dtype, check_positive_int
 
 
@@ -41,6 +44,7 @@ class DualLoraLinear(DualLoraAdapter):
         weight, bias, A, B, C, D: parameters; weight is [out_features, in_features], the other way where `transposed`.
         enabled: False in `disable_adapter`: the layer computes x W0ᵀ + b.
         hooked: the layer given to `from_linear` if accelerate's hooks move its inputs or weights, in a tuple.
+        rules: those of transformers' tensor parallelism, where it has split the layer given to `from_linear`.
         scale: 0-dim fp32 buffer, changed in place by warm-up and saved with the state. Stays fp32 under ``.to(dtype)``.
 
     Raises:
@@ -51,6 +55,7 @@ class DualLoraLinear(DualLoraAdapter):
     bias: nn.Parameter | None
     enabled = True
     hooked: tuple[nn.Module, ...] = ()
+    rules: Rules | None = None
 
     def __init__(
         self,
@@ -117,6 +122,9 @@ class DualLoraLinear(DualLoraAdapter):
             setattr(layer, name, nn.Parameter(torch.empty_like(getattr(layer, name), device=device)))
         layer.scale = torch.empty_like(layer.scale, device=device)
         layer.reset_adapter_parameters()
+        layer.rules = rules_of(linear)
+        if layer.rules is not None:
+            split_adapter(layer, layer.rules.split)
         return layer.train(linear.training)
 
     def _adopt(self, linear: nn.Module) -> None:
@@ -159,6 +167,8 @@ class DualLoraLinear(DualLoraAdapter):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features] in the input's dtype (autocast's where active)."""
+        if self.rules is not None:
+            return self.rules.call(self, input, self._forward)
         return call_within_hooks(self.hooked, input, self._forward) if self.hooked else self._forward(input)
 
     def _forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -185,11 +195,13 @@ class DualLoraLinear(DualLoraAdapter):
         calls run as ever, and so does every call once the weight, a factor or the scale has changed; the log then says
         so. W0 is not touched. `dual_lora_kernels.prepared` does this for a model, in a ``with`` block.
 
-        Raises RuntimeError if the layer is merged, ValueError as `merge` does.
+        Raises RuntimeError if the layer is merged or its weight sharded, ValueError as `merge` does.
         """
         if self.merged:
             raise RuntimeError("DualLoraLinear is merged: there is nothing to prepare")
         self._check_in_memory()
+        if is_sharded(self.weight):
+            raise RuntimeError(f"weight is sharded ({described(self.weight)}), so no copy can be kept: call merge()")
         self._keep(self._merged_copy())
 
     def _keep(self, weight: torch.Tensor) -> None:
@@ -232,7 +244,8 @@ class DualLoraLinear(DualLoraAdapter):
 
         In the weight's dtype these are bit for bit the weights that the forward pass used. Whatever shares the weight
         (the layer given to `from_linear`, say) changes with it; two adapted layers that share one must not both be
-        merged. No other thread may run the layer meanwhile: it would compute with a weight that is merged in part.
+        merged. No other thread may run the layer meanwhile: it would compute with a weight that is merged in part. Of a
+        sharded weight every process merges its part, with the bits of the whole; all processes have to call this.
 
         Raises RuntimeError if merged already, ValueError if a factor or the scale is not finite or the merged weight
         would not be, before anything is changed.

@@ -22,6 +22,7 @@ from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pr
 from .quantised.layers import is_quantised
 from .quantised.models import dequantised_dtypes, forget_quantisation, let_trainer_train, report_compute_dtypes
 from .quantised_linear import QuantisedDualLoraLinear
+from .sharding import described, is_sharded
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
 from .validation import check_dtype
 
@@ -37,8 +38,9 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
 
     Raises:
         ValueError: `config` matches no layer, one of its names matches none, or a layer that it names cannot be
-            adapted; the model already has layers of Dual LoRA or PEFT, has parameters without a shape, or is a linear
-            layer itself; a module to be trained whole is tied to another. Nothing has been changed then.
+            adapted; the model already has layers of Dual LoRA or PEFT, has parameters without a shape, is in the hands
+            of a distributed engine, or is a linear layer itself; a module to be trained whole is tied to another.
+            Nothing has been changed then.
         TypeError: `config` is no `DualLoraConfig` of this package's (PEFT's are for ``get_peft_model``).
     """
     if not isinstance(config, DualLoraConfig):
@@ -52,6 +54,7 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
         )
     if is_linear(model):
         raise ValueError("model: got a linear layer itself, expected a model; use DualLoraLinear.from_linear")
+    check_not_distributed(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ValueError(f"model: {name} has no shape yet, expected an initialised model: run it once first")
@@ -62,6 +65,26 @@ def apply_dual_lora(model: nn.Module, config: DualLoraConfig) -> nn.Module:
     if config.target_modules == ALL_LINEAR:
         report_stacked_experts(unwrapped(model))
     return model
+
+
+def check_not_distributed(model: nn.Module) -> None:
+    """Raise ValueError for a model that an engine has taken over, which would not know of factors that come later."""
+    for name, module in model.named_modules():
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _ENGINES), None)
+        if wrapper is not None:
+            raise ValueError(
+                f"model: got {name or 'a model'} in the hands of {_ENGINES[wrapper]}, expected one that is not yet: it "
+                "would neither synchronise nor shard factors that come later. Adapt the model first"
+            )
+
+
+_ENGINES = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
+    "DeepSpeedEngine": "DeepSpeed",
+}
+"""Classes of modules that engines wrap or turn into theirs, and what people call these engines."""
 
 
 def adapt(
@@ -108,8 +131,8 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     rounds), and the model forgets that it was quantised. Elsewhere dense layers keep their dtype.
 
     Raises:
-        ValueError: the model has no Dual LoRA layers, or an adapter, a scale or a merged weight would not be finite.
-            Nothing has been changed.
+        ValueError: the model has no Dual LoRA layers, or sharded ones; an adapter, a scale or a merged weight would not
+            be finite. Nothing has been changed.
         TypeError: `dtype` is not one that the package computes with.
     """
     if isinstance(model, DualLoraLinear):
@@ -117,6 +140,12 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     layers = layers_to("merge", model, "merge_and_unload(), and merge_and_dequantize() for quantised models")
     if dtype is not None:
         check_dtype("dtype", dtype)
+    for name, layer in layers:
+        if is_sharded(layer.weight):
+            raise ValueError(
+                f"model: got {name} with a sharded weight ({described(layer.weight)}), expected whole ones: "
+                "dual_lora_kernels.distributed.save_merged writes a merged model from its parts"
+            )
     around = dequantised_dtypes(unwrapped(model), dtype)  # dense layers elsewhere keep their dtype
     quantised = [layer for _, layer in layers if isinstance(layer, QuantisedDualLoraLinear)]
     for name, layer in layers:

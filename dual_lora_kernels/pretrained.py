@@ -19,6 +19,7 @@ from .adapter_files import WEIGHTS_FILE
 from .adapter_state import adapter_of, dual_lora_state_dict
 from .linear import dual_lora_layers
 from .peft_files import write_peft_files
+from .sharding import in_first, is_sharded
 
 TRAINER_WEIGHTS_FILE = "model.safetensors"
 """What transformers' Trainer reads to resume or to load the best checkpoint: the adapter by the model's own names."""
@@ -74,11 +75,16 @@ def save_pretrained(
             raise ValueError(
                 f"save_directory: got {str(save_directory)!r}, which holds {holds}, expected another folder"
             )
-    if not is_main_process:
+    own = dual_lora_state_dict(model).values() if state_dict is None else ()
+    if not is_main_process and not any(map(is_sharded, own)):  # all take part in gathering sharded tensors
         return
     adapter = adapter_of(model, state_dict)
-    resuming = {TRAINER_WEIGHTS_FILE: save(dict(adapter.state), metadata={"format": "pt"})}
-    write_peft_files(Path(save_directory), adapter, _about(model), resuming)
+
+    def write() -> None:
+        resuming = {TRAINER_WEIGHTS_FILE: save(dict(adapter.state), metadata={"format": "pt"})}
+        write_peft_files(Path(save_directory), adapter, _about(model), resuming)
+
+    in_first(own, write)
 
 
 def _about(model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dual_lora_kernels.backends import _BACKENDS
 from dual_lora_kernels.self_check.checks import NAIVE_ERRORS
 
 from .accuracy import error_ratios, summary  # noqa: F401  # a fixture of every test
+from .processes import Processes
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
@@ -141,3 +142,19 @@ def _settings_stay() -> Iterator[None]:
     """What a test sets is as before after it."""
     with dual_lora_kernels.settings():
         yield
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Processes]:
+    """Two processes joined by gloo."""
+    processes = Processes(2)
+    yield processes
+    processes.end()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    """Four processes joined by gloo."""
+    processes = Processes(4)
+    yield processes
+    processes.end()

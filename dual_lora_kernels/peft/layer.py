@@ -16,6 +16,8 @@ from ..adapter import DualLoraAdapter
 from ..hooks import call_within_hooks, computing_device
 from ..peft_files import PEFT_PREFIX
 from ..quantised.weight import QuantisedWeight
+from ..tensor_parallel import split_adapter
+from ..transformers_parallel import rules_of
 
 BASE = "__base__"
 """In mixed batches, the adapter's name for rows that no adapter is for; PEFT's."""
@@ -66,6 +68,9 @@ class Linear(nn.Module, DualLoraLayer):
             adapter.to(dtype)  # PEFT casts 16-bit ones up, unless told not to
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        rules = rules_of(self.base_layer)
+        if rules is not None:
+            split_adapter(adapter, rules.split)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -124,7 +129,11 @@ class Linear(nn.Module, DualLoraLayer):
         return result
 
     def _adapted(self, input: torch.Tensor, adapters: list[DualLoraAdapter]) -> torch.Tensor:
-        return call_within_hooks((self.base_layer, *adapters), input, partial(self._compute, adapters))
+        compute = partial(self._compute, adapters)
+        rules = rules_of(self.base_layer)
+        if rules is not None:
+            return rules.call(self, input, compute)
+        return call_within_hooks((self.base_layer, *adapters), input, compute)
 
     def _compute(self, adapters: list[DualLoraAdapter], input: torch.Tensor) -> torch.Tensor:
         """The adapters' sum on an input where the weights are."""

@@ -1,0 +1,171 @@
+"""Checkpoints of a training run: what trains and its optimiser, whole or not there, for any number of processes.
+
+They are PyTorch's distributed checkpoints: every process writes its own parts, and another layout reads them. They hold
+the adapter, not the base model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from .. import automatic_warmup
+from ..adapter import dual_lora_adapters, unwrapped
+from ..validation import check_positive_int
+from .processes import in_rank_0, rank
+
+_logger = logging.getLogger("dual_lora_kernels")
+_NAME = re.compile(r"step-(\d+)")
+_UNFINISHED = ".unfinished"
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    stateful: Mapping[str, Any] | None = None,
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write ``folder/step-<step>``, remove all but the `keep` newest, and return its path.
+
+    All processes have to call this; `folder` is one that all of them see. The checkpoint gets its name once every
+    process has written its part, so a process that dies meanwhile leaves the earlier ones, and a ``.unfinished`` folder
+    that the next call removes.
+
+    Args:
+        folder: of this run's checkpoints; made if need be.
+        step: optimiser steps so far.
+        model: what of it trains is saved, and the scales of its adapters (of either door).
+        optimizer: saved by parameters' names.
+        stateful: objects with ``state_dict`` and ``load_state_dict`` by name: a scheduler, a sampler.
+        keep: checkpoints left, this one included.
+
+    Raises:
+        ValueError, TypeError: `step` or `keep` is no positive integer, or nothing of `model` trains.
+        OSError: the folder cannot be written.
+    """
+    folder, step, keep = Path(folder), check_positive_int("step", step), check_positive_int("keep", keep)
+    state = _state(model, optimizer, stateful)
+    target = folder / f"step-{step:08d}"
+    unfinished = target.with_suffix(_UNFINISHED)
+    in_rank_0(lambda: _clear(folder))
+    save(state, checkpoint_id=str(unfinished))
+    in_rank_0(lambda: _finish(unfinished, target, keep))
+    return target
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in `folder`, the same for all processes; None if there is none."""
+    found: list[Path | None] = [None]
+    if rank() == 0:
+        finished = _finished(Path(folder))
+        found = [finished[-1] if finished else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def load_checkpoint(
+    checkpoint: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    stateful: Mapping[str, Any] | None = None,
+) -> int:
+    """Load what `save_checkpoint` wrote, and return its step. Arguments as there.
+
+    The model has to be adapted, and sharded, before; it may be sharded otherwise than when it was saved. All processes
+    have to call this.
+
+    Raises:
+        ValueError: `checkpoint` is no finished checkpoint, or lacks something of the model, or has it in other shapes.
+    """
+    checkpoint = Path(checkpoint)
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None or not (checkpoint / ".metadata").is_file():
+        raise ValueError(f"checkpoint: got {str(checkpoint)!r}, expected a folder that save_checkpoint has finished")
+    state = _state(model, optimizer, stateful)
+    _check_fits(checkpoint, state["model"])
+    load(state, checkpoint_id=str(checkpoint))
+    if optimizer is not None:
+        set_optimizer_state_dict(unwrapped(model), optimizer, state["optimizer"])
+    # After the optimiser: making its state takes a step of it, which the warm-up counts.
+    own = _trained(model)
+    with torch.no_grad():
+        for name, tensor in state["model"].items():
+            if own[name] is not tensor:
+                own[name].copy_(tensor)
+    for _, adapter in dual_lora_adapters(model):
+        automatic_warmup.resume(adapter)
+    return int(match.group(1))
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, stateful: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    trained = _trained(model)
+    if not any(tensor.requires_grad for tensor in trained.values()):
+        raise ValueError(f"model: got a {type(model).__name__} of which nothing trains, expected an adapted model")
+    state: dict[str, Any] = {"model": {name: tensor.detach().clone() for name, tensor in trained.items()}}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
+    return state | {f"stateful.{name}": each for name, each in (stateful or {}).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What of a model trains, and its adapters, by name."""
+    inner = unwrapped(model)
+    state = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    for prefix, adapter in dual_lora_adapters(inner):
+        own = {"A": adapter.A, "B": adapter.B, "C": adapter.C, "D": adapter.D, "scale": adapter.scale}
+        state |= {f"{prefix}.{name}".lstrip("."): tensor for name, tensor in own.items()}  # type: ignore[misc]
+    return state  # type: ignore[return-value]
+
+
+def _check_fits(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the checkpoint has what the model has, in its shapes."""
+    saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        entry = saved.get(f"model.{name}")
+        shape = None if entry is None else tuple(getattr(entry, "size", ()))
+        if shape != tuple(tensor.shape):
+            has = "nothing" if shape is None else f"shape {shape}"
+            raise ValueError(
+                f"checkpoint: got {str(checkpoint)!r}, which has {has} for {name}, expected {tuple(tensor.shape)}: it "
+                "was saved with other ranks or of another model"
+            )
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Finished checkpoints, the newest last."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / ".metadata").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _clear(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"step-*{_UNFINISHED}"):
+        shutil.rmtree(path)
+
+
+def _finish(unfinished: Path, target: Path, keep: int) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(unfinished, target)
+    for path in _finished(target.parent)[:-keep]:
+        if path != target:
+            shutil.rmtree(path)

@@ -1,0 +1,118 @@
+"""Tensors of which every process holds a part: PyTorch's DTensors, as tensor parallelism and ``fully_shard`` make them.
+
+All but `is_sharded` and `local_block` are collective: every process of the tensor's mesh has to call them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+_Value = TypeVar("_Value")
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether `tensor` is a DTensor, replicated ones included."""
+    defining = sys.modules.get("torch.distributed.tensor")  # who has such a tensor has imported it; that takes seconds
+    return defining is not None and isinstance(tensor, defining.DTensor)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor; a plain one as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local_block(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """(this process's part, the indices of its first element in the whole tensor); may have no elements."""
+    if not is_sharded(tensor):
+        return tensor, (0,) * tensor.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # what its checkpoints use
+
+    local = tensor.to_local()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(local.shape) == tuple(shape), f"a part of {tuple(local.shape)}, by the placements {tuple(shape)}"
+    return local, tuple(offset)
+
+
+def part_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole `tensor`, if it were distributed as `like` is."""
+    local, offset = local_block(like)
+    return tensor[tuple(slice(first, first + size) for first, size in zip(offset, local.shape, strict=True))]
+
+
+@torch.no_grad()
+def copy_into(own: torch.Tensor, value: torch.Tensor) -> None:
+    """Give `own` the values of `value`: whole, the same in every process, or distributed in any way."""
+    if not is_sharded(own):
+        own.copy_(full(value))
+    elif is_sharded(value) and value.placements == own.placements and value.device_mesh == own.device_mesh:
+        own.to_local().copy_(value.to_local())
+    else:
+        own.to_local().copy_(part_like(full(value), own))
+
+
+@torch.no_grad()
+def draw_normal(own: torch.Tensor, std: float) -> None:
+    """Fill `own` from N(0, std²); a sharded one with parts of one draw, which the mesh's first process makes.
+
+    DTensor's own random numbers are one draw on GPUs alone.
+    """
+    if not is_sharded(own) or own.is_meta:
+        own.normal_(0.0, std)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = torch.empty(own.shape, dtype=own.dtype, device=own.to_local().device).normal_(0.0, std)
+    own.copy_(distribute_tensor(whole, own.device_mesh, own.placements))
+
+
+def agree(problem: _Value | None, tensor: torch.Tensor) -> _Value | None:
+    """What any process of `tensor`'s mesh has that is not None: who raises alone leaves the others waiting."""
+    if not is_sharded(tensor):
+        return problem
+    import torch.distributed as dist
+
+    for group in tensor.device_mesh.get_all_groups():
+        problems: list[_Value | None] = [None] * group.size()
+        dist.all_gather_object(problems, problem, group=group)
+        problem = next((each for each in problems if each is not None), None)
+    return problem
+
+
+def is_first(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether this process is the first of the meshes that `tensors` are distributed over; True for plain ones."""
+    coordinates = [tensor.device_mesh.get_coordinate() for tensor in tensors if is_sharded(tensor)]
+    return not any(coordinate is None or any(coordinate) for coordinate in coordinates)
+
+
+def in_first(tensors: Iterable[torch.Tensor], action: Callable[[], None]) -> None:
+    """Let the first process of the meshes of `tensors` act, and all raise what it raises; all end together.
+
+    With plain tensors every process acts by itself.
+    """
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    error: Exception | None = None
+    if is_first(sharded):
+        try:
+            action()
+        except Exception as raised:
+            if not sharded:
+                raise
+            error = raised
+    error = agree(error, sharded[0]) if sharded else None
+    if error is not None:
+        raise error
+
+
+def described(tensor: DTensor) -> str:
+    """The placements of a distributed tensor, for messages."""
+    mesh: DeviceMesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or tuple(f"dimension {index}" for index in range(mesh.ndim))
+    return ", ".join(f"{placement!r} over {name}" for placement, name in zip(tensor.placements, names, strict=True))
