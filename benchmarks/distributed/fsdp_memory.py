@@ -1,0 +1,275 @@
+"""A training step under FSDP2: memory of one process and time, of Dual LoRA and of PEFT LoRA on a small bf16 Llama.
+
+    python -m benchmarks.distributed.fsdp_memory --processes 2 4
+
+``fully_shard`` of every block and of the model, joined by gloo on one machine, one thread for each process. All linear
+layers but the head are adapted, with the same number of trainable parameters, in fp32. A step is forward, backward and
+AdamW on tokens of the process's own. Memory is of fresh processes for each method, in their third step; the models of
+both methods share the processes that are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import multiprocessing, nn
+from torch.distributed.fsdp import fully_shard
+
+from dual_lora_kernels import DualLoraConfig, apply_dual_lora, workspace_bytes
+from dual_lora_kernels.sharding import local_block
+
+from ..harness import report
+from ..harness.environment import environment, load_average, sentence
+from ..harness.timing import Quartiles, interleaved, quartiles, ratios
+from ..layers.layer_step import MEBIBYTE
+from ..layers.memory import peak_temporary_bytes
+from ..layers.methods import ALPHA
+from ..training.model_step import VOCABULARY, base_model
+from ..training.model_step import Settings as ModelSettings
+
+STEM = "fsdp_memory"
+LORA, DUAL_LORA = "lora", "dual_lora"
+LABELS = {LORA: "PEFT LoRA", DUAL_LORA: "dual_lora_kernels"}
+HEADINGS = (
+    "processes, method", "shards MiB", "peak MiB", "− LoRA", "resident MiB", "− LoRA", "median ms", "× LoRA",
+)  # fmt: skip
+WORKERS = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+"""Variables of the measured processes. With the last one glibc gives a released tensor's pages back at once, so that the
+resident size follows what is alive."""
+NOTES = (
+    "shards: parameters that one process keeps, base and factors. peak: most bytes alive at once that PyTorch's "
+    "allocator handed out in a step, above what was there before it; the gathered blocks are among them. resident: the "
+    "same of the process's resident size, which also sees what other allocators take, gloo's among them. All are of the "
+    "process that has most.",
+    "× LoRA: the median over rounds of the ratio within a round; a round ends when all processes have ended.",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the model is spread and run."""
+
+    processes: int
+    checkpointing: bool
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.processes}{', checkpointed' if self.checkpointing else ''}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. `resident` is None where the system does not tell."""
+
+    shards: int
+    trainable: int
+    """Numbers, not bytes, of the whole model."""
+    peak: int
+    largest: int
+    resident: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one layout; `memory` by process."""
+
+    layout: Layout
+    method: str
+    memory: list[Memory]
+    milliseconds: Quartiles
+    to_lora: Quartiles
+
+    def most(self, name: str) -> int | None:
+        """The field's largest value over the processes."""
+        values = [getattr(each, name) for each in self.memory]
+        return None if None in values else max(values)
+
+
+def sharded(settings: ModelSettings, method: str, checkpointing: bool) -> nn.Module:
+    """The adapted model, adapted first and then sharded, in training mode."""
+    base = base_model(settings)
+    blocks: Any = base.model.layers
+    model: nn.Module = base
+    if method == DUAL_LORA:
+        model = apply_dual_lora(base, DualLoraConfig(r1=settings.rank, r2=settings.rank, alpha=ALPHA))
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(base, LoraConfig(r=2 * settings.rank, lora_alpha=ALPHA, target_modules="all-linear"))
+    if checkpointing:  # after get_peft_model, which would make the embeddings' output require a gradient
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks:
+        fully_shard(block)
+    return fully_shard(model).train()
+
+
+def training_step(model: nn.Module, settings: ModelSettings) -> Callable[[], None]:
+    """Forward, backward, AdamW, zeroing; ends when all processes have ended."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(VOCABULARY, (settings.batch, settings.sequence), generator=generator)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.barrier()
+
+    return step
+
+
+def resident_growth(function: Callable[[], object]) -> int | None:
+    """Bytes by which the resident size's peak in a call exceeds what it was before; None where Linux is not."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")
+    except (AttributeError, OSError):
+        return None
+
+    def kibibytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+
+    before = kibibytes("VmRSS")
+    function()
+    return (kibibytes("VmHWM") - before) * 1024
+
+
+def measure_memory(settings: ModelSettings, method: str, checkpointing: bool) -> dict[str, Any]:
+    """One process's part: its `Memory`, as a dictionary."""
+    model = sharded(settings, method, checkpointing)
+    step = training_step(model, settings)
+    step()  # makes the optimiser's state and FSDP's
+    resident = resident_growth(step)
+    trace = peak_temporary_bytes(step)
+    parameters = list(model.parameters())
+    shards = sum(local.numel() * local.itemsize for local, _ in map(local_block, parameters))
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return dataclasses.asdict(Memory(shards, trainable, trace.peak, trace.largest, resident))
+
+
+def measure_time(settings: ModelSettings, checkpointing: bool) -> dict[str, list[float]]:
+    """One process's part: seconds of each round by method."""
+    steps: dict[str, Callable[[], object]] = {
+        method: training_step(sharded(settings, method, checkpointing), settings) for method in settings.methods
+    }
+    return interleaved(steps, rounds=settings.rounds, warmup=1, device=torch.device("cpu"), show=False)
+
+
+def in_processes(count: int, case: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``case(*args)``, a function of this module, returns in each of `count` fresh processes joined by gloo."""
+    with tempfile.TemporaryDirectory(prefix="fsdp-") as folder:
+        multiprocessing.spawn(_work, (count, folder, case, args), nprocs=count)  # type: ignore[attr-defined]
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def _work(rank: int, count: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    result = case(*args)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(settings: ModelSettings, layouts: Sequence[Layout], console: Console | None = None) -> list[Row]:
+    """Every method on every layout."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    rows = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(layouts) * (len(settings.methods) + 1))
+
+        def run(what: str, layout: Layout, case: Callable[..., Any], *args: Any) -> list[Any]:
+            progress.update(task, description=f"{layout.label}: {what}")
+            results = in_processes(layout.processes, case, *args, layout.checkpointing)
+            progress.advance(task)
+            return results
+
+        for layout in layouts:
+            memory = {
+                method: [Memory(**each) for each in run(LABELS[method], layout, measure_memory, settings, method)]
+                for method in settings.methods
+            }
+            seconds = run("time", layout, measure_time, settings)[0]
+            for method, own in memory.items():
+                times = quartiles([value * 1e3 for value in seconds[method]])
+                rows.append(Row(layout, method, own, times, ratios(seconds, method, LORA)))
+    return rows
+
+
+def cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The table's cells, in the order of ``HEADINGS``."""
+    lora = {row.layout: row for row in rows if row.method == LORA}
+    for row in rows:
+        memory = []
+        for name in ("peak", "resident"):
+            own, reference = row.most(name), lora[row.layout].most(name)
+            if own is None or reference is None:
+                memory += ["–", "–"]
+            else:
+                memory += [f"{own / MEBIBYTE:,.1f}", f"{(own - reference) / MEBIBYTE:+,.1f}"]
+        yield (
+            f"{row.layout.label}, {LABELS[row.method]}", f"{(row.most('shards') or 0) / MEBIBYTE:,.1f}", *memory,
+            f"{row.milliseconds.median:,.0f}", f"{row.to_lora.median:.2f}",
+        )  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distributed.fsdp_memory", description="Memory and time of a step under FSDP2."
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="numbers of processes (2 4)")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64 (1024)")
+    parser.add_argument("--layers", type=int, default=4, help="blocks (4)")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence (256)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a process (2)")
+    parser.add_argument("--rank", type=int, default=8, help="r1 = r2, half of LoRA's r (8)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (9)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    os.environ |= WORKERS
+    settings = ModelSettings(
+        options.hidden, options.layers, options.sequence, options.batch, "bf16", options.rank, options.rounds,
+        tuple(LABELS), busy=0,
+    )  # fmt: skip
+    about, console = environment(torch.device("cpu")), Console()
+    layouts = [Layout(count, on) for count in options.processes for on in (False, True)]
+    rows = measure(settings, layouts, console)
+    title = f"FSDP2, {settings.title.partition(', ')[2]}".replace("tokens", "tokens a process")
+    table = list(cells(rows))
+    report.print_table(title, HEADINGS, table, console)
+    load = load_average()
+    document: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings), "workspace_bytes": workspace_bytes(), "environment": about,
+        "load_average_after": load, "rows": [dataclasses.asdict(row) for row in rows],
+    }  # fmt: skip
+    notes = (*NOTES, f"The workspace, by which Dual LoRA may exceed LoRA: {workspace_bytes() / MEBIBYTE:g} MiB.")
+    about_run = f"{options.rounds} rounds after one of warm-up; load average {load} at the end; {sentence(about)}"
+    paragraphs = [f"# {title}", report.markdown_table(HEADINGS, table), "\n".join(f"- {note}" for note in notes)]
+    report.write(options.out, STEM, document, [*paragraphs, about_run])
+
+
+if __name__ == "__main__":
+    main()
