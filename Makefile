@@ -17,7 +17,7 @@ SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
 
-.PHONY: help demo test test-eager test-triton test-few-machines test-machines sanitize cross lint kernels bench gpu-session clean
+.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels bench gpu-session clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
@@ -26,6 +26,7 @@ help:
 	@echo "make sanitize  the native kernels' tests on a build with the address and undefined-behaviour sanitizers"
 	@echo "make cross  this machine's instruction sets, and ARM's in an emulator, against the portable kernels, bit for bit;"
 	@echo "            needs g++-aarch64-linux-gnu and qemu-user-static"
+	@echo "make deepspeed  install DeepSpeed, which compiles, and run its tests on two CPU processes"
 	@echo "make lint   ruff and mypy"
 	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
 	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
@@ -59,6 +60,11 @@ test-machines: $(VENV)/.installed
 # Triton's interpreter is Python and NumPy: more threads only get into each other's way.
 test-triton: $(VENV)/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
+
+# Not among the test extra: it is large, and compiles an operation on its first run (g++).
+deepspeed: $(VENV)/.installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) install --no-build-isolation ninja "deepspeed>=0.19"
+	DS_ACCELERATOR=cpu PATH="$(abspath $(VENV))/bin:$$PATH" $(PYTHON) -m pytest -q tests/test_deepspeed.py
 
 # A copy under build/, so that the installed library stays as it is. A finding ends the process, and so the tests; pytest
 # would keep its report if it captured more than Python's output.

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .adapter import DualLoraAdapter
 from .hooks import has_aligning_hook
 from .quantised.layers import is_quantised, why_not_readable
-from .sharding import described, is_sharded
+from .sharding import described, is_sharded, whole_shape
 from .transformers_parallel import rules_of, why_not_split
 from .validation import SUPPORTED_DTYPES
 
@@ -51,7 +51,7 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of an adaptable linear layer."""
     if is_quantised(module):
         return module.in_features, module.out_features  # type: ignore[return-value]  # numbers
-    rows, columns = module.get_parameter("weight").shape
+    rows, columns = whole_shape(module.get_parameter("weight"))
     return (rows, columns) if is_transposed(module) else (columns, rows)
 
 
@@ -121,7 +121,8 @@ def _why_not_plain(module: nn.Module, name: str) -> str | None:
         return None
     if is_lazy(parameter):
         return f"{name} has no shape yet; run it once first"
-    fits = parameter.dim() == 2 if name == "weight" else tuple(parameter.shape) == linear_features(module)[1:]
+    shape = whole_shape(parameter)
+    fits = len(shape) == 2 if name == "weight" else shape == linear_features(module)[1:]
     if not fits or parameter.dtype not in SUPPORTED_DTYPES:
         return f"{name} is packed or quantised ({parameter.dtype}, shape {tuple(parameter.shape)})"
     if parameter.layout != torch.strided:

@@ -19,7 +19,7 @@ from . import automatic_warmup, tensor_parallel
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_, dual_lora_merged
 from .quantised.weight import QuantisedWeight
-from .sharding import agree, draw_normal, full, is_sharded, local_block
+from .sharding import agree, check_gathered, draw_normal, full, is_sharded, local_block
 from .tensor_parallel import FourFactors
 from .validation import (
     LARGEST_SCALE,
@@ -223,6 +223,8 @@ class DualLoraAdapter(nn.Module):
 
     def _whole(self) -> FourFactors:
         """The factors as plain tensors."""
+        for name in FACTOR_NAMES:
+            check_gathered(name, getattr(self, name))
         return full(self.A), full(self.B), full(self.C), full(self.D)
 
     def _part_for(self, weight: Any) -> tuple[Any, FourFactors, tuple[int, int]]:
@@ -285,10 +287,15 @@ class DualLoraAdapter(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's wrapper, DataParallel, DDP and AveragedModel, whose names have no prefix."""
+    """The model inside torch.compile's wrapper, DataParallel, DDP, DeepSpeed's engine and AveragedModel.
+
+    Its names have no prefix.
+    """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
+        elif any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__):
+            model = model.module  # type: ignore[assignment]
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         else:

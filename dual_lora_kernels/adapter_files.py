@@ -50,7 +50,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     OSError, with what was in `folder` unchanged, where they cannot be written.
     """
     text = _settings_text(adapter.configs, adapter.modules_to_save)
-    weights = save(dict(adapter.state), metadata={"format": "pt", SETTINGS_KEY: text})
+    weights = _in_order(save(dict(adapter.state), metadata={"format": "pt", SETTINGS_KEY: text}))
     try:
         if folder.is_symlink():
             _logger.warning("%s is a link to %s; a folder of its own takes its place", folder, folder.readlink())
@@ -94,6 +94,16 @@ def read_adapter(folder: Path) -> Adapter:
             settings_file, WEIGHTS_FILE,
         )  # fmt: skip
     return Adapter(configs, state, modules_to_save)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in another order each time."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[start:]
 
 
 def _settings_text(configs: Mapping[str, DualLoraConfig], modules_to_save: tuple[str, ...]) -> str:

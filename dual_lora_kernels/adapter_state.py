@@ -10,7 +10,7 @@ from torch import nn
 from .adapter import FACTOR_NAMES, unwrapped
 from .adapter_files import Adapter, layer_config
 from .linear import dual_lora_layers, layers_to
-from .sharding import full, is_first
+from .sharding import check_gathered, full, is_first, is_sharded
 from .validation import SUPPORTED_DTYPES, check_finite
 
 SAVED_TENSORS = (*FACTOR_NAMES, "scale")
@@ -36,15 +36,24 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors alone, detached, not copied: what `save_dual_lora` saves.
 
     These are ``<layer>.A``, ``.B``, ``.C``, ``.D`` and ``.scale`` of each adapted layer, and the state of the modules
-    that `DualLoraConfig.modules_to_save` names. Raises ValueError where the model has no Dual LoRA layers.
+    that `DualLoraConfig.modules_to_save` names. Sharded ones are DTensors. Raises ValueError where the model has no
+    Dual LoRA layers, or where DeepSpeed's ZeRO-3 keeps its tensors in parts.
     """
+    state = adapter_tensors(model)
+    for name, tensor in state.items():
+        check_gathered(f"model: {name}", tensor)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `dual_lora_state_dict` returns, as the model has it: parameters and buffers."""
     state = {
-        f"{name}.{tensor}": getattr(layer, tensor).detach()
+        f"{name}.{tensor}": getattr(layer, tensor)
         for name, layer in layers_to("save", model, "save_pretrained()")
         for tensor in SAVED_TENSORS
     }
     for name, module in saved_modules(model):
-        state |= {f"{name}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+        state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     return state
 
 
@@ -55,17 +64,17 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     others get an adapter without tensors. Raises ValueError where there is none, or where it holds what could not be
     loaded: see `check_value`.
     """
-    state = dual_lora_state_dict(model)
-    if state_dict is not None:
-        state = {name: state_dict.get(name, tensor).detach() for name, tensor in state.items()}
+    given = {} if state_dict is None else state_dict
+    state = {name: given.get(name, tensor) for name, tensor in adapter_tensors(model).items()}
     keeps = is_first(state.values())
     for name, tensor in list(state.items()):
-        whole = full(tensor)
+        check_gathered(f"model: {name}", tensor)
+        whole = full(tensor.detach())
         check_value("model", name, whole, whole.dtype)
         if not keeps:
             del state[name]
-        elif whole is not tensor:
-            state[name] = whole.cpu()
+        else:
+            state[name] = whole.cpu() if is_sharded(tensor) else whole
     configs = {name: layer_config(layer) for name, layer in dual_lora_layers(model)}
     # A module that is saved whole can have one tensor under two names.
     seen: set[int] = set()

@@ -6,11 +6,14 @@ users change a configuration and nothing else.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
     from .adapter import DualLoraAdapter
@@ -23,6 +26,8 @@ _stepping: list[tuple[ReferenceType[torch.optim.Optimizer], set[int]]] = []
 One that wraps another holds the same factors, and both steps are one.
 """
 _is_hooked = False
+_is_reached: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
+"""Whether a gradient has reached a factor since the last step, where DeepSpeed is in use."""
 
 
 @torch.no_grad()
@@ -80,7 +85,34 @@ def _leave(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         done.add(id(optimizer))
     if _warming:
         around = {identity for outer, _ in _stepping for identity in _parameters(outer())}
-        _advance(_parameters(optimizer) - around)
+        _advance((_parameters(optimizer) | _stepped_by_deepspeed()) - around)
+
+
+def _stepped_by_deepspeed() -> set[int]:
+    """Factors, by identity, that a gradient has reached since the last step.
+
+    DeepSpeed's optimisers hold copies of the parameters, and make one step for each group of them. Another optimiser's
+    step between a backward pass and DeepSpeed's would be taken for it.
+    """
+    if "deepspeed" not in sys.modules:
+        return set()
+    reached = set()
+    for adapter in _warming:
+        factor = _first_trainable(adapter)
+        if factor is not None and _is_reached.get(factor, True):
+            reached.add(id(factor))
+            if factor not in _is_reached:  # in the first step after deepspeed was imported
+                factor.register_post_accumulate_grad_hook(_reach)
+            _is_reached[factor] = False
+    return reached
+
+
+def _reach(factor: torch.Tensor) -> None:
+    _is_reached[factor] = True
+
+
+def _first_trainable(adapter: DualLoraAdapter) -> torch.Tensor | None:
+    return next((factor for factor in adapter.factors() if factor.requires_grad), None)
 
 
 def _forget(optimizer: torch.optim.Optimizer) -> None:
@@ -99,8 +131,7 @@ def _parameters(optimizer: torch.optim.Optimizer | None) -> set[int]:
 def _advance(stepped: set[int]) -> None:
     """One step more for the adapters whose first trainable factor has `stepped`, by identity."""
     for adapter in list(_warming):
-        trainable = next((factor for factor in adapter.factors() if factor.requires_grad), None)
-        if id(trainable) in stepped:
+        if id(_first_trainable(adapter)) in stepped:
             adapter.warmup_left -= 1
             scale = adapter.full_scale * (1 - adapter.warmup_left / adapter.warmup_steps)
             if adapter.warmup_waits:

@@ -15,12 +15,12 @@ from . import automatic_warmup
 from .adaptable import linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, unwrapped
 from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
-from .adapter_state import SAVED_TENSORS, adapter_of, check_value, dual_lora_state_dict, saved_modules
+from .adapter_state import SAVED_TENSORS, adapter_of, adapter_tensors, check_value, saved_modules
 from .config import DualLoraConfig
 from .linear import dual_lora_layers, layers_to
 from .model import adapt, check_not_distributed
 from .peft_files import PEFT_CONFIG_FILE, read_peft_files
-from .sharding import copy_into, full, in_first
+from .sharding import check_gathered, copy_into, full, in_first
 from .targets import refuse_tied
 from .validation import check_tensor
 
@@ -83,7 +83,7 @@ def save_dual_lora(model: nn.Module, folder: str | Path) -> Path:
     others = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad and id(p) not in saved]
     if others:
         _logger.warning("%d trainable parameters are no adapter's and are not saved: %s …", len(others), others[0])
-    in_first(dual_lora_state_dict(model).values(), lambda: _write(folder, adapter))
+    in_first(adapter_tensors(model).values(), lambda: _write(folder, adapter))
     return folder
 
 
@@ -174,7 +174,7 @@ def _saved_layers(
 
 def _slots(model: nn.Module) -> dict[str, _Slot]:
     """By the names of `dual_lora_state_dict`."""
-    return {name: _slot(tensor) for name, tensor in dual_lora_state_dict(model).items()}
+    return {name: _slot(tensor) for name, tensor in adapter_tensors(model).items()}
 
 
 def _slot(tensor: torch.Tensor) -> _Slot:
@@ -197,6 +197,8 @@ def _check_layers(model: nn.Module) -> None:
     for name, layer in dual_lora_layers(model):
         if layer.merged:
             raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
+        for factor in FACTOR_NAMES:
+            check_gathered(f"model: {name}.{factor}", getattr(layer, factor))
         if layer.A.is_meta and hasattr(layer, "_hf_hook"):
             raise ValueError(
                 f"model: {name} is offloaded by accelerate, whose hooks would put the old values back; expected one "

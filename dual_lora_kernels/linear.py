@@ -14,7 +14,7 @@ from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_of
 from .prepared import PreparedWeight, state_of
 from .quantised.layers import is_quantised
 from .quantised.weight import QuantisedWeight
-from .sharding import described, is_sharded
+from .sharding import check_gathered, described, is_sharded
 from .tensor_parallel import split_adapter
 from .transformers_parallel import Rules, rules_of
 from .validation import check_dtype, check_positive_int
@@ -156,6 +156,7 @@ class DualLoraLinear(DualLoraAdapter):
         return torch.device("cpu") if self.weight.is_meta else self.weight.device
 
     def _check_in_memory(self) -> None:
+        check_gathered("weight", self.weight)
         if self.weight.is_meta and (self.hooked or hasattr(self, "_hf_hook")):
             raise ValueError(
                 "weight is offloaded by accelerate, expected one in memory: load the model without offload"

@@ -141,7 +141,7 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     if dtype is not None:
         check_dtype("dtype", dtype)
     for name, layer in layers:
-        if is_sharded(layer.weight):
+        if not isinstance(layer, QuantisedDualLoraLinear) and is_sharded(layer.weight):
             raise ValueError(
                 f"model: got {name} with a sharded weight ({described(layer.weight)}), expected whole ones: "
                 "dual_lora_kernels.distributed.save_merged writes a merged model from its parts"

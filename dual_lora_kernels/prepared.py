@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .functional import compute_dtype
 
@@ -34,5 +36,27 @@ class PreparedWeight(NamedTuple):
 
 
 def state_of(sources: Sequence[torch.Tensor]) -> object:
-    """Where tensors are, and their versions: every change in place counts one up."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
+    """Where tensors are, and their versions: every change in place counts one up.
+
+    DeepSpeed's optimisers change parameters past that, so for those that train the steps of all optimisers count too.
+    """
+    steps = _steps() if "deepspeed" in sys.modules and any(tensor.requires_grad for tensor in sources) else 0
+    return steps, *((tensor.data_ptr(), tensor._version) for tensor in sources)
+
+
+def _steps() -> int:
+    """Optimisers' steps since the first call."""
+    global _step_count
+    if _step_count is None:
+        _step_count = 0
+        register_optimizer_step_post_hook(_count)
+    return _step_count
+
+
+def _count(*_: object) -> None:
+    global _step_count
+    assert _step_count is not None
+    _step_count += 1
+
+
+_step_count: int | None = None

@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapter import unwrapped
 from .adapter_files import WEIGHTS_FILE
-from .adapter_state import adapter_of, dual_lora_state_dict
+from .adapter_state import adapter_of, adapter_tensors
 from .linear import dual_lora_layers
 from .peft_files import write_peft_files
 from .sharding import in_first, is_sharded
@@ -34,7 +34,7 @@ def save_adapters_by_save_pretrained(model: nn.Module) -> None:
         if hasattr(type(inner), "save_pretrained") and hasattr(inner, "config") and any(dual_lora_layers(inner)):
             inner.save_pretrained = partial(save_pretrained, inner)  # type: ignore[assignment]  # a method would not pickle
             # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
-            base = inner.state_dict().keys() - dual_lora_state_dict(inner).keys()
+            base = inner.state_dict().keys() - adapter_tensors(inner).keys()
             inner._keys_to_ignore_on_save = base  # type: ignore[assignment]
 
 
@@ -75,7 +75,7 @@ def save_pretrained(
             raise ValueError(
                 f"save_directory: got {str(save_directory)!r}, which holds {holds}, expected another folder"
             )
-    own = dual_lora_state_dict(model).values() if state_dict is None else ()
+    own = adapter_tensors(model).values() if state_dict is None else ()
     if not is_main_process and not any(map(is_sharded, own)):  # all take part in gathering sharded tensors
         return
     adapter = adapter_of(model, state_dict)

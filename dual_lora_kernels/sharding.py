@@ -1,6 +1,7 @@
 """Tensors of which every process holds a part: PyTorch's DTensors, as tensor parallelism and ``fully_shard`` make them.
 
-All but `is_sharded` and `local_block` are collective: every process of the tensor's mesh has to call them.
+Collective, so that every process of the tensor's mesh has to call them: `full`, `copy_into`, `draw_normal`, `agree` and
+`in_first`. DeepSpeed's parameters are no DTensors; `whole_shape` and `check_gathered` know of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,20 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor, replicated ones included."""
     defining = sys.modules.get("torch.distributed.tensor")  # who has such a tensor has imported it; that takes seconds
     return defining is not None and isinstance(tensor, defining.DTensor)
+
+
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A tensor's shape; of a parameter that DeepSpeed's ZeRO-3 keeps in parts, and empty meanwhile, the whole's."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def check_gathered(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for a parameter that DeepSpeed's ZeRO-3 keeps in parts at present."""
+    if tuple(tensor.shape) != whole_shape(tensor):
+        raise ValueError(
+            f"{name}: got a parameter of shape {whole_shape(tensor)} that DeepSpeed's ZeRO-3 keeps in parts, expected "
+            "it whole: within deepspeed.zero.GatheredParameters(list(model.parameters())), in every process"
+        )
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,9 @@ if "native" not in available_backends():
 if not importlib.util.find_spec("bitsandbytes"):
     collect_ignore += ["test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py"]
 
+if not importlib.util.find_spec("deepspeed"):  # `make deepspeed` installs it
+    collect_ignore += ["test_deepspeed.py"]
+
 if IS_INTERPRETED:
     from .interpreter import speed_up
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +294,26 @@ def test_an_inactive_adapter_has_one_scale_on_all_layers() -> None:
     model.add_adapter("other", DualLoraConfig(r1=2, r2=2, target_modules=["0", "1"], warmup_steps=4))
     found = [a.scale.item() / a.full_scale for name, a in dual_lora_adapters(model) if name.endswith("other")]
     assert found == [1.0, 1.0]
+
+
+def test_an_optimiser_of_copies_counts_where_deepspeed_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's hold copies of the parameters, and make a step for each group (tests/test_deepspeed.py)."""
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    model = net()
+    copies = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    groups = [torch.optim.SGD(half, lr=0.1) for half in (copies[:3], copies[3:])]
+    seen = []
+    for _ in range(5):
+        for _ in range(2):  # gradients are accumulated
+            model(X).square().sum().backward()
+        for optimizer in groups:
+            optimizer.step()
+        seen.append(factors_of(model)[0])
+    assert seen == pytest.approx([0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_an_optimiser_of_copies_does_not_count_elsewhere() -> None:
+    model = net()
+    model(X).square().sum().backward()
+    torch.optim.SGD([parameter.detach().clone().requires_grad_() for parameter in model.parameters()], lr=0.1).step()
+    assert factors_of(model) == pytest.approx([0.25, 0.25])

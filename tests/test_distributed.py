@@ -45,6 +45,26 @@ def test_training_on_four(four: Processes, layout: str, dtype: torch.dtype) -> N
         _check_training(result, dtype)
 
 
+TIGHT = 1e-4
+"""A bound of clipping that many entries reach; in the gradient of half a batch others than in the whole one's."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "ste", "is_exact"),
+    [
+        ("ddp", "clip", False),
+        ("fsdp", "clip", False),
+        ("tp", "clip", True),
+        ("ddp", "dorefa", True),
+        ("fsdp", "xnor", True),
+    ],
+)
+def test_what_clipping_means_for_data_parallel_runs(two: Processes, layout: str, ste: str, is_exact: bool) -> None:
+    """Each process clips its own gradient; tensor parallelism clips the whole, and the other estimators are linear."""
+    for result in two.run(cases.train, layout, torch.float32, 2, {"ste": ste, "clip_bound": TIGHT}):
+        assert (result["gradients"] <= _bound(torch.float32)) == is_exact, result["gradients"]
+
+
 def test_fsdp_mixed_precision(two: Processes) -> None:
     assert max(two.run(cases.train_in_mixed_precision)) <= _bound(torch.bfloat16)
 

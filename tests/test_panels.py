@@ -150,7 +150,7 @@ def test_h_is_cut_where_its_products_fill_a_gpu(monkeypatch: pytest.MonkeyPatch)
 def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "dither") -> list[torch.Tensor]:
     """(output, *gradients) by the operators, in the order of `reference.Gradients`."""
     ops = torch.ops.dual_lora_kernels
-    factors, options = tuple(problem.factors), (rounding, backend, *current_settings())
+    factors, options = tuple(problem.factors), (rounding, 0, 0, backend, *current_settings())
     output = ops.linear(problem.x, [problem.weight], "", factors, problem.bias, *options)
 
     def gradients(*wanted: bool) -> list[torch.Tensor]:

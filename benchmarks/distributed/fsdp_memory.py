@@ -3,9 +3,9 @@
     python -m benchmarks.distributed.fsdp_memory --processes 2 4
 
 ``fully_shard`` of every block and of the model, joined by gloo on one machine, one thread for each process. All linear
-layers but the head are adapted, with the same number of trainable parameters, in fp32. A step is forward, backward and
-AdamW on tokens of the process's own. Memory is of fresh processes for each method, in their third step; the models of
-both methods share the processes that are timed.
+layers but the head are adapted, with the same number of trainable parameters, in fp32 unless a method's name says
+otherwise. A step is forward, backward and AdamW on tokens of the process's own. Memory is of fresh processes for each
+method, after a step of warm-up; all methods' models share the processes that are timed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import ctypes
 import dataclasses
 import gc
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import multiprocessing, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dual_lora_kernels import DualLoraConfig, apply_dual_lora, workspace_bytes
@@ -42,23 +45,24 @@ from ..training.model_step import VOCABULARY, base_model
 from ..training.model_step import Settings as ModelSettings
 
 STEM = "fsdp_memory"
-LORA, DUAL_LORA = "lora", "dual_lora"
-LABELS = {LORA: "PEFT LoRA", DUAL_LORA: "dual_lora_kernels"}
+LORA, LORA_BF16, DUAL_LORA = "lora", "lora_bf16", "dual_lora"
+LABELS = {LORA: "PEFT LoRA", LORA_BF16: "PEFT LoRA, bf16 factors", DUAL_LORA: "dual_lora_kernels"}
 HEADINGS = (
     "processes, method", "shards MiB", "peak MiB", "− LoRA", "resident MiB", "− LoRA", "median ms", "× LoRA",
 )  # fmt: skip
-WORKERS = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-}
-"""Variables of the measured processes. With the last one glibc gives a released tensor's pages back at once, so that the
-resident size follows what is alive."""
+WORKERS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore::FutureWarning"}
+"""Variables of the measured processes; the warnings are transformers' about names that PEFT uses."""
+PRELOADED = ["benchmarks.training.model_step", "dual_lora_kernels", "peft", "torch.distributed.fsdp"]
+MMAP_THRESHOLD, MMAP_BYTES = -3, 65536
+"""glibc's M_MMAP_THRESHOLD, and a value at which a released tensor's pages go back at once, so that the resident
+size follows what is alive."""
 NOTES = (
     "shards: parameters that one process keeps, base and factors. peak: most bytes alive at once that PyTorch's "
-    "allocator handed out in a step, above what was there before it; the gathered blocks are among them. resident: the "
-    "same of the process's resident size, which also sees what other allocators take, gloo's among them. All are of the "
-    "process that has most.",
+    "allocator handed out in a step, above what was there before it; the gathered blocks are among them. resident: "
+    "how far the process's resident size rises in a step, which also sees what other allocators take, gloo's among "
+    "them. All are of the process that has most.",
+    "PEFT LoRA with fp32 factors keeps an fp32 copy of every adapted layer's input for backward; with bf16 factors "
+    "(autocast_adapter_dtype=False) it keeps the inputs in bf16, as Dual LoRA does with fp32 factors.",
     "× LoRA: the median over rounds of the ratio within a round; a round ends when all processes have ended.",
 )
 
@@ -114,19 +118,21 @@ def sharded(settings: ModelSettings, method: str, checkpointing: bool) -> nn.Mod
     else:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(base, LoraConfig(r=2 * settings.rank, lora_alpha=ALPHA, target_modules="all-linear"))
+        config = LoraConfig(r=2 * settings.rank, lora_alpha=ALPHA, target_modules="all-linear")
+        model = get_peft_model(base, config, autocast_adapter_dtype=method != LORA_BF16)
     if checkpointing:  # after get_peft_model, which would make the embeddings' output require a gradient
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for block in blocks:
         fully_shard(block)
-    return fully_shard(model).train()
+    fully_shard(model)
+    return model.train()
 
 
 def training_step(model: nn.Module, settings: ModelSettings) -> Callable[[], None]:
     """Forward, backward, AdamW, zeroing; ends when all processes have ended."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(VOCABULARY, (settings.batch, settings.sequence), generator=generator)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -157,6 +163,8 @@ def resident_growth(function: Callable[[], object]) -> int | None:
 
 def measure_memory(settings: ModelSettings, method: str, checkpointing: bool) -> dict[str, Any]:
     """One process's part: its `Memory`, as a dictionary."""
+    with suppress(AttributeError):  # before the first tensor: what is in the heap stays there
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, MMAP_BYTES)
     model = sharded(settings, method, checkpointing)
     step = training_step(model, settings)
     step()  # makes the optimiser's state and FSDP's
@@ -179,12 +187,16 @@ def measure_time(settings: ModelSettings, checkpointing: bool) -> dict[str, list
 def in_processes(count: int, case: Callable[..., Any], *args: Any) -> list[Any]:
     """What ``case(*args)``, a function of this module, returns in each of `count` fresh processes joined by gloo."""
     with tempfile.TemporaryDirectory(prefix="fsdp-") as folder:
-        multiprocessing.spawn(_work, (count, folder, case, args), nprocs=count)  # type: ignore[attr-defined]
+        # Forked from a server that has imported what takes ten seconds to import, and has done nothing else.
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        start = multiprocessing.start_processes  # type: ignore[attr-defined]
+        start(_work, (count, folder, case, args), count, start_method="forkserver")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 def _work(rank: int, count: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("dual_lora_kernels").setLevel("WARNING")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
     result = case(*args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
@@ -192,10 +204,9 @@ def _work(rank: int, count: int, folder: str, case: Callable[..., Any], args: tu
     dist.destroy_process_group()
 
 
-def measure(settings: ModelSettings, layouts: Sequence[Layout], console: Console | None = None) -> list[Row]:
-    """Every method on every layout."""
+def measure(settings: ModelSettings, layouts: Sequence[Layout], console: Console | None = None) -> Iterator[list[Row]]:
+    """Every method, layout by layout."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    rows = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(layouts) * (len(settings.methods) + 1))
 
@@ -211,10 +222,10 @@ def measure(settings: ModelSettings, layouts: Sequence[Layout], console: Console
                 for method in settings.methods
             }
             seconds = run("time", layout, measure_time, settings)[0]
-            for method, own in memory.items():
-                times = quartiles([value * 1e3 for value in seconds[method]])
-                rows.append(Row(layout, method, own, times, ratios(seconds, method, LORA)))
-    return rows
+            times = {method: quartiles([value * 1e3 for value in own]) for method, own in seconds.items()}
+            yield [
+                Row(layout, method, own, times[method], ratios(seconds, method, LORA)) for method, own in memory.items()
+            ]
 
 
 def cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
@@ -234,6 +245,20 @@ def cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         )  # fmt: skip
 
 
+def write(folder: Path, settings: ModelSettings, about: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The JSON and the Markdown of what has been measured so far."""
+    title = f"FSDP2, {settings.title.partition(', ')[2]}".replace("tokens", "tokens a process")
+    load = load_average()
+    document: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings), "workspace_bytes": workspace_bytes(), "environment": about,
+        "load_average_after": load, "rows": [dataclasses.asdict(row) for row in rows],
+    }  # fmt: skip
+    notes = (*NOTES, f"The workspace, by which Dual LoRA may exceed LoRA: {workspace_bytes() / MEBIBYTE:g} MiB.")
+    about_run = f"{settings.rounds} rounds after one of warm-up; load average {load} at the end; {sentence(about)}"
+    table = report.markdown_table(HEADINGS, list(cells(rows)))
+    report.write(folder, STEM, document, [f"# {title}", table, "\n".join(f"- {note}" for note in notes), about_run])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -245,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence (256)")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a process (2)")
     parser.add_argument("--rank", type=int, default=8, help="r1 = r2, half of LoRA's r (8)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (9)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -256,19 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     about, console = environment(torch.device("cpu")), Console()
     layouts = [Layout(count, on) for count in options.processes for on in (False, True)]
-    rows = measure(settings, layouts, console)
-    title = f"FSDP2, {settings.title.partition(', ')[2]}".replace("tokens", "tokens a process")
-    table = list(cells(rows))
-    report.print_table(title, HEADINGS, table, console)
-    load = load_average()
-    document: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings), "workspace_bytes": workspace_bytes(), "environment": about,
-        "load_average_after": load, "rows": [dataclasses.asdict(row) for row in rows],
-    }  # fmt: skip
-    notes = (*NOTES, f"The workspace, by which Dual LoRA may exceed LoRA: {workspace_bytes() / MEBIBYTE:g} MiB.")
-    about_run = f"{options.rounds} rounds after one of warm-up; load average {load} at the end; {sentence(about)}"
-    paragraphs = [f"# {title}", report.markdown_table(HEADINGS, table), "\n".join(f"- {note}" for note in notes)]
-    report.write(options.out, STEM, document, [*paragraphs, about_run])
+    rows: list[Row] = []
+    for done in measure(settings, layouts, console):
+        rows += done
+        write(options.out, settings, about, rows)  # each time: what an interrupted run has measured is kept
+    console.print(report.markdown_table(HEADINGS, list(cells(rows))), soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written to {options.out}: {STEM}.json, .md")
 
 
 if __name__ == "__main__":

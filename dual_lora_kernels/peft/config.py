@@ -27,8 +27,8 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
             would never get a gradient. Warm the scale up instead.
         warmup_steps: optimiser steps in which the scale rises from near 0 to alpha / √(r1·r2), after each step of an
             optimiser that holds the factors; 20 to 50 are usual, and without any training can collapse. 0: none, the
-            scale is full from the start. Where the optimiser holds other tensors than the factors (DeepSpeed, FSDP's
-            flat parameters), use ``DualLoraWarmupCallback``.
+            scale is full from the start. Where the optimiser holds other tensors than the factors (FSDP1's flat
+            parameters), use ``DualLoraWarmupCallback``; DeepSpeed's are seen.
         init_weights: True, or False for standard normal factors: an update that is seen at once, for tests.
         ste, rounding, clip_bound: see `dual_lora_kernels.dual_lora_linear`.
         target_modules: names (a layer's or their ends), a regular expression for the whole name, or ``"all-linear"``.

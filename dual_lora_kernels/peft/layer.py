@@ -16,6 +16,7 @@ from ..adapter import DualLoraAdapter
 from ..hooks import call_within_hooks, computing_device
 from ..peft_files import PEFT_PREFIX
 from ..quantised.weight import QuantisedWeight
+from ..sharding import check_gathered
 from ..tensor_parallel import split_adapter
 from ..transformers_parallel import rules_of
 
@@ -172,6 +173,9 @@ class Linear(nn.Module, DualLoraLayer):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raise ValueError where `merge` would meet numbers that are not finite, with PEFT's words and the reason."""
+        weight = self.base_layer._parameters.get("weight")  # quantised layers of some libraries have none
+        if weight is not None:
+            check_gathered("weight", weight)
         for name in self.active_adapters if adapter_names is None else adapter_names:
             for adapter in self._adapters([name] if name not in self.merged_adapters else []):
                 try:

@@ -1,0 +1,1 @@
+"""Fine-tuning on several processes, devices and nodes."""
