@@ -224,7 +224,7 @@ class DualLoraAdapter(nn.Module):
     def _whole(self) -> FourFactors:
         """The factors as plain tensors."""
         for name in FACTOR_NAMES:
-            check_gathered(name, getattr(self, name))
+            check_gathered(name, getattr(self, name), 2)
         return full(self.A), full(self.B), full(self.C), full(self.D)
 
     def _part_for(self, weight: Any) -> tuple[Any, FourFactors, tuple[int, int]]:

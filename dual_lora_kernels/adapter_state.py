@@ -37,12 +37,16 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
     These are ``<layer>.A``, ``.B``, ``.C``, ``.D`` and ``.scale`` of each adapted layer, and the state of the modules
     that `DualLoraConfig.modules_to_save` names. Sharded ones are DTensors. Raises ValueError where the model has no
-    Dual LoRA layers, or where DeepSpeed's ZeRO-3 keeps its tensors in parts.
+    Dual LoRA layers, or where DeepSpeed's ZeRO-3 or FSDP1 keeps them in parts.
     """
     state = adapter_tensors(model)
     for name, tensor in state.items():
-        check_gathered(f"model: {name}", tensor)
+        _check_gathered(name, tensor)
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_gathered(name: str, tensor: torch.Tensor) -> None:
+    check_gathered(f"model: {name}", tensor, 2 if name.rpartition(".")[2] in FACTOR_NAMES else None)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -68,7 +72,7 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     state = {name: given.get(name, tensor) for name, tensor in adapter_tensors(model).items()}
     keeps = is_first(state.values())
     for name, tensor in list(state.items()):
-        check_gathered(f"model: {name}", tensor)
+        _check_gathered(name, tensor)
         whole = full(tensor.detach())
         check_value("model", name, whole, whole.dtype)
         if not keeps:

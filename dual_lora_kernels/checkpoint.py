@@ -198,7 +198,7 @@ def _check_layers(model: nn.Module) -> None:
         if layer.merged:
             raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
         for factor in FACTOR_NAMES:
-            check_gathered(f"model: {name}.{factor}", getattr(layer, factor))
+            check_gathered(f"model: {name}.{factor}", getattr(layer, factor), 2)
         if layer.A.is_meta and hasattr(layer, "_hf_hook"):
             raise ValueError(
                 f"model: {name} is offloaded by accelerate, whose hooks would put the old values back; expected one "

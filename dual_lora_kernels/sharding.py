@@ -30,12 +30,16 @@ def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def check_gathered(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError for a parameter that DeepSpeed's ZeRO-3 keeps in parts at present."""
-    if tuple(tensor.shape) != whole_shape(tensor):
+def check_gathered(name: str, tensor: torch.Tensor, dim: int | None = None) -> None:
+    """Raise ValueError for a parameter that DeepSpeed's ZeRO-3 or FSDP1 keeps in parts at present.
+
+    FSDP1's parts are flat, and known by that alone: `dim` is what a matrix has.
+    """
+    if tuple(tensor.shape) != whole_shape(tensor) or dim not in (None, tensor.dim()):
         raise ValueError(
-            f"{name}: got a parameter of shape {whole_shape(tensor)} that DeepSpeed's ZeRO-3 keeps in parts, expected "
-            "it whole: within deepspeed.zero.GatheredParameters(list(model.parameters())), in every process"
+            f"{name}: got a parameter of shape {tuple(tensor.shape)}, as DeepSpeed's ZeRO-3 and FSDP1 keep it in parts "
+            "between calls, expected the whole: within deepspeed.zero.GatheredParameters(list(model.parameters())) or "
+            "FullyShardedDataParallel.summon_full_params(model), in every process"
         )
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
-from dual_lora_kernels import apply_dual_lora, dual_lora_state_dict, load_dual_lora_state_dict
+from dual_lora_kernels import apply_dual_lora, dual_lora_state_dict, load_dual_lora_state_dict, save_dual_lora
 from dual_lora_kernels.adapter import unwrapped
 from dual_lora_kernels.distributed import parallelize_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
@@ -101,6 +102,23 @@ def _mean(loss: torch.Tensor) -> float:
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
+
+
+def train_by_the_older_fsdp(folder: Path) -> dict[str, Any]:
+    """Losses under FSDP1, whose parameters are flat between calls, and what saving says of that."""
+    reference, model = (
+        adapted(),
+        FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=torch.device("cpu")),
+    )
+    truth, own = optimiser(reference), optimiser(model)
+    expected = [_step(reference, batch(step), truth).item() for step in range(5)]
+    losses = [_mean(_step(model, _own_rows(batch(step), LAYOUTS["fsdp"]), own)) for step in range(5)]
+    try:
+        save_dual_lora(model, folder)
+        said = "nothing was raised"
+    except ValueError as error:
+        said = str(error)
+    return {"losses": losses, "expected": expected, "said": said}
 
 
 def train_in_mixed_precision() -> float:

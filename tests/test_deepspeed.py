@@ -58,7 +58,7 @@ def test_a_base_model_in_parts_is_adapted(pair: Processes, saved_model: Path, wa
 def test_what_needs_whole_parameters_says_so(pair: Processes, tmp_path: Path) -> None:
     for messages in pair.run(cases.refusals, tmp_path / "adapter"):
         for case, message in messages.items():
-            assert "expected it whole: within deepspeed.zero.GatheredParameters(" in message, f"{case}: {message}"
+            assert "expected the whole: within deepspeed.zero.GatheredParameters(" in message, f"{case}: {message}"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -82,19 +82,16 @@ def test_a_run_of_which_a_process_is_killed_goes_on_when_it_is_started_again(tmp
 
 
 ENGINES = {
-    "ddp": ["--multi_gpu"],
-    "fsdp2": [
-        "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
-        "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--fsdp_state_dict_type", "FULL_STATE_DICT",
-        "--fsdp_cpu_ram_efficient_loading", "false",
-    ],
-}  # fmt: skip
+    "ddp": ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"],
+    "fsdp2": ["--config_file", "examples/distributed/fsdp2.yaml"],
+}
+"""Options of ``accelerate launch``. ``--multi_gpu`` starts processes on CPUs too; ``--cpu`` starts one."""
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_trainer_by_accelerate(engine: str, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *ENGINES[engine], "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *ENGINES[engine]]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
     said = _run([*launch, "--module", "examples.distributed.with_trainer", "--steps", "6", "--out", str(tmp_path)])
     losses = [float(found) for found in re.findall(r"'loss': '([\d.]+)'", said)]
     assert len(losses) == 6
