@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from .adapter import FACTOR_NAMES, unwrapped
+from .adapter import FACTOR_NAMES, plain_modules, plain_name
 from .adapter_files import Adapter, layer_config
 from .linear import dual_lora_layers, layers_to
-from .sharding import check_gathered, full, is_first, is_sharded
+from .sharding import check_gathered, full, is_first, is_sharded, reshard
 from .validation import SUPPORTED_DTYPES, check_finite
 
 SAVED_TENSORS = (*FACTOR_NAMES, "scale")
@@ -28,8 +28,8 @@ def mark_as_saved(module: nn.Module, saved: bool = True) -> None:
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every module that is saved whole, each once, without wrappers' prefixes in the names."""
-    return ((name, module) for name, module in unwrapped(model).named_modules() if _MARK in vars(module))
+    """(name, module) of every module that is saved whole, each once, without wrappers' names."""
+    return ((name, module) for name, module in plain_modules(model) if _MARK in vars(module))
 
 
 def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -51,13 +51,14 @@ def _check_gathered(name: str, tensor: torch.Tensor) -> None:
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What `dual_lora_state_dict` returns, as the model has it: parameters and buffers."""
+    reshard(model)
     state = {
         f"{name}.{tensor}": getattr(layer, tensor)
         for name, layer in layers_to("save", model, "save_pretrained()")
         for tensor in SAVED_TENSORS
     }
     for name, module in saved_modules(model):
-        state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
+        state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     return state
 
 
@@ -68,8 +69,12 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     others get an adapter without tensors. Raises ValueError where there is none, or where it holds what could not be
     loaded: see `check_value`.
     """
-    given = {} if state_dict is None else state_dict
-    state = {name: given.get(name, tensor) for name, tensor in adapter_tensors(model).items()}
+    given = {plain_name(name): tensor for name, tensor in (state_dict or {}).items()}
+    own = adapter_tensors(model)
+    missing = [name for name, tensor in own.items() if name not in given and is_sharded(tensor)]
+    if state_dict is not None and missing:  # other processes, which were given none, do not help to gather it
+        raise ValueError(f"state_dict: got none of {missing[0]}, which is sharded, expected the whole model's")
+    state = {name: given.get(name, tensor) for name, tensor in own.items()}
     keeps = is_first(state.values())
     for name, tensor in list(state.items()):
         _check_gathered(name, tensor)
@@ -83,9 +88,9 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     # A module that is saved whole can have one tensor under two names.
     seen: set[int] = set()
     for name, tensor in state.items():
-        own = tensor.contiguous()
-        state[name] = own.clone() if own.data_ptr() in seen else own
-        seen.add(own.data_ptr())
+        dense = tensor.contiguous()
+        state[name] = dense.clone() if dense.data_ptr() in seen else dense
+        seen.add(dense.data_ptr())
     return Adapter(configs, state, tuple(name for name, _ in saved_modules(model)))
 
 

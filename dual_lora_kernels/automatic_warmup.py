@@ -7,11 +7,13 @@ users change a configuration and nothing else.
 from __future__ import annotations
 
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet, ref
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,6 +28,7 @@ _stepping: list[tuple[ReferenceType[torch.optim.Optimizer], set[int]]] = []
 One that wraps another holds the same factors, and both steps are one.
 """
 _is_hooked = False
+_is_paused = False
 _is_reached: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
 """Whether a gradient has reached a factor since the last step, where DeepSpeed is in use."""
 
@@ -83,18 +86,29 @@ def _leave(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _forget(optimizer)
     for _outer, done in _stepping:
         done.add(id(optimizer))
-    if _warming:
+    if _warming and not _is_paused:
         around = {identity for outer, _ in _stepping for identity in _parameters(outer())}
-        _advance((_parameters(optimizer) | _stepped_by_deepspeed()) - around)
+        _advance((_parameters(optimizer) | _stepped_by_deepspeed(optimizer)) - around)
 
 
-def _stepped_by_deepspeed() -> set[int]:
-    """Factors, by identity, that a gradient has reached since the last step.
+@contextmanager
+def paused() -> Iterator[None]:
+    """Count no steps: PyTorch makes an optimiser's state, to save or to load it, by a step without effect."""
+    global _is_paused
+    before, _is_paused = _is_paused, True
+    try:
+        yield
+    finally:
+        _is_paused = before
 
-    DeepSpeed's optimisers hold copies of the parameters, and make one step for each group of them. Another optimiser's
-    step between a backward pass and DeepSpeed's would be taken for it.
+
+def _stepped_by_deepspeed(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Factors, by identity, that a gradient has reached since the last step of DeepSpeed's.
+
+    Its optimisers hold copies of the parameters, which are no parameters themselves, and make one step for each group.
     """
-    if "deepspeed" not in sys.modules:
+    held = (tensor for group in optimizer.param_groups for tensor in group["params"])
+    if "deepspeed" not in sys.modules or any(isinstance(tensor, nn.Parameter) for tensor in held):
         return set()
     reached = set()
     for adapter in _warming:

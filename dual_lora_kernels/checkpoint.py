@@ -13,7 +13,7 @@ from torch import nn
 
 from . import automatic_warmup
 from .adaptable import linear_features, why_not_adaptable
-from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, unwrapped
+from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, plain_modules, unwrapped
 from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from .adapter_state import SAVED_TENSORS, adapter_of, adapter_tensors, check_value, saved_modules
 from .config import DualLoraConfig
@@ -148,7 +148,7 @@ def _read(folder: Path) -> Adapter:
 
 def _modules_saved_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """The modules of a plain model that a saved adapter has whole. Raises ValueError if there is none of that name."""
-    modules = dict(unwrapped(model).named_modules())
+    modules = dict(plain_modules(model))
     for name in names:
         if name not in modules:
             raise ValueError(f"folder: the saved adapter has a module {name!r}, which the model does not have")
@@ -161,7 +161,7 @@ def _saved_layers(
     model: nn.Module, configs: Mapping[str, DualLoraConfig]
 ) -> dict[str, tuple[nn.Module, DualLoraConfig]]:
     """The layers of a plain model that a saved adapter is for. Raises ValueError if one of them cannot be adapted."""
-    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    modules = {name: module for name, module in plain_modules(model) if name}
     chosen = {}
     for name, config in configs.items():
         module = modules.get(name)

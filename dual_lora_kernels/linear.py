@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from .adaptable import is_transposed, linear_features, why_not_adaptable
-from .adapter import FACTOR_NAMES, DualLoraAdapter, dual_lora_adapters, unwrapped
+from .adapter import FACTOR_NAMES, DualLoraAdapter, dual_lora_adapters, plain_modules
 from .hooks import call_within_hooks, computing_device, has_aligning_hook, is_offloaded
 from .prepared import PreparedWeight, state_of
 from .quantised.layers import is_quantised
 from .quantised.weight import QuantisedWeight
-from .sharding import check_gathered, described, is_sharded
+from .sharding import check_gathered, copy_into, described, is_sharded
 from .tensor_parallel import split_adapter
 from .transformers_parallel import Rules, rules_of
 from .validation import check_dtype, check_positive_int
@@ -264,7 +264,7 @@ class DualLoraLinear(DualLoraAdapter):
         """Restore W0 bit for bit. Raises RuntimeError unless merged. No other thread may run the layer meanwhile."""
         if self._unmerged_weight is None:
             raise RuntimeError("DualLoraLinear is not merged: there is nothing to unmerge")
-        self.weight.copy_(self._unmerged_weight)
+        copy_into(self.weight, self._unmerged_weight)
         self._unmerged_weight = None
 
     @torch.no_grad()
@@ -318,8 +318,8 @@ def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dual_lora_layers(model: nn.Module) -> Iterator[tuple[str, DualLoraLinear]]:
-    """(name, layer) of every `DualLoraLinear` in `model`, each once, without wrappers' prefixes in the names."""
-    for name, module in unwrapped(model).named_modules():
+    """(name, layer) of every `DualLoraLinear` in `model`, each once, without wrappers' names."""
+    for name, module in plain_modules(model):
         if isinstance(module, DualLoraLinear):
             yield name, module
 

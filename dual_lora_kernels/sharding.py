@@ -6,11 +6,13 @@ Collective, so that every process of the tensor's mesh has to call them: `full`,
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,10 +88,33 @@ def draw_normal(own: torch.Tensor, std: float) -> None:
     if not is_sharded(own) or own.is_meta:
         own.normal_(0.0, std)
         return
-    from torch.distributed.tensor import distribute_tensor
+    import torch.distributed as dist
 
     whole = torch.empty(own.shape, dtype=own.dtype, device=own.to_local().device).normal_(0.0, std)
-    own.copy_(distribute_tensor(whole, own.device_mesh, own.placements))
+    for group in own.device_mesh.get_all_groups():
+        dist.broadcast(whole, group=group, group_src=0)
+    copy_into(own, whole)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let ``fully_shard`` take gathered parameters back: what is written into those is lost.
+
+    It leaves some gathered after a forward pass: the root's, and all with ``reshard_after_forward=False``.
+    """
+    defining = sys.modules.get("torch.distributed.fsdp")
+    if defining is not None:
+        for module in model.modules():
+            if isinstance(module, defining.FSDPModule):
+                module.reshard()
+
+
+def portable(error: Exception) -> Exception:
+    """An exception that can be sent to other processes: `error`, or its words where it cannot."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def agree(problem: _Value | None, tensor: torch.Tensor) -> _Value | None:
@@ -98,7 +123,7 @@ def agree(problem: _Value | None, tensor: torch.Tensor) -> _Value | None:
         return problem
     import torch.distributed as dist
 
-    for group in tensor.device_mesh.get_all_groups():
+    for group in tensor.device_mesh.get_all_groups():  # one dimension after the other: a grid is covered then
         problems: list[_Value | None] = [None] * group.size()
         dist.all_gather_object(problems, problem, group=group)
         problem = next((each for each in problems if each is not None), None)
@@ -124,8 +149,9 @@ def in_first(tensors: Iterable[torch.Tensor], action: Callable[[], None]) -> Non
         except Exception as raised:
             if not sharded:
                 raise
-            error = raised
-    error = agree(error, sharded[0]) if sharded else None
+            error = portable(raised)
+    if sharded:  # over the largest mesh, of which the others are parts
+        error = agree(error, max(sharded, key=lambda tensor: tensor.device_mesh.size()))
     if error is not None:
         raise error
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .sharding import described, is_sharded, local_block
+from .sharding import described, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,11 +105,13 @@ def linear(
     elif input.device_mesh != mesh:
         raise ValueError(f"input: got a DTensor over {input.device_mesh}, expected one over {mesh}, as the factors are")
     x = input.redistribute(placements=[wanted]).to_local(grad_placements=[Partial()] if dim == ROWS else None)
-    origin = local_block(B)[1][0], local_block(A)[1][1]
+    first = mesh.get_local_rank()  # of equal parts: see check_divides
     if dim == ROWS:
         (A, C), B, D = _Replicated.apply(mesh, A, C), _local(B), _local(D)
+        origin = first * B.shape[0], 0
     else:
         (B, D), A, C = _Replicated.apply(mesh, B, D), _local(A), _local(C)
+        origin = 0, first * A.shape[1]
     if bias is not None:
         bias = _local(bias) if dim == ROWS else _added_once(bias, mesh)
     y = compute(x, None if weight is None else _local(weight), (A, B, C, D), bias, origin)
@@ -152,8 +154,9 @@ def _added_once(bias: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor | None:
     if not bias.requires_grad:
         return _local(bias) if is_first else None
     (whole,) = _Replicated.apply(mesh, bias)
-    own: torch.Tensor = whole if is_first else whole * 0  # every process takes part in the sum of its gradient
-    return own
+    own: torch.Tensor = whole
+    # Every process takes part in the sum of its gradient. No product with 0, which makes NaN of infinity.
+    return own if is_first else own.masked_fill(torch.ones_like(own, dtype=torch.bool), 0)
 
 
 def _check_parts(weight: torch.Tensor | None, bias: torch.Tensor | None, mesh: DeviceMesh, dim: int) -> None:

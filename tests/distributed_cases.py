@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM
 
 from dual_lora_kernels import apply_dual_lora, dual_lora_state_dict, load_dual_lora_state_dict, save_dual_lora
-from dual_lora_kernels.adapter import unwrapped
+from dual_lora_kernels.adapter import plain_name, unwrapped
 from dual_lora_kernels.distributed import parallelize_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
 from dual_lora_kernels.sharding import full
@@ -50,6 +51,14 @@ def _checkpointed(model: nn.Module) -> nn.Module:
     return _fsdp(model.train())
 
 
+def _wrapped(model: nn.Module) -> nn.Module:
+    """As accelerate does it: each block inside a wrapper, whose name PyTorch's state dict leaves out."""
+    blocks = _blocks(model)
+    for index, block in enumerate(blocks):
+        blocks[index] = checkpoint_wrapper(block)
+    return _fsdp(model.train())
+
+
 def _tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_dual_lora(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)))
 
@@ -68,6 +77,8 @@ LAYOUTS = {
         Layout("fsdp", _fsdp, True),
         Layout("fsdp offload", lambda m: _fsdp(m, offload_policy=CPUOffloadPolicy(pin_memory=False)), True),
         Layout("fsdp checkpointing", _checkpointed, True),
+        Layout("fsdp wrapped", _wrapped, True),
+        Layout("fsdp kept", lambda m: _fsdp(m, reshard_after_forward=False), True),
         Layout("tp", _tensor_parallel, False),
         Layout("fsdp tp", _both, True),
     )
@@ -136,7 +147,7 @@ def train_in_mixed_precision() -> float:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of what trains, whole, by name."""
-    found = {name: p.grad for name, p in unwrapped(model).named_parameters() if p.requires_grad}
+    found = {plain_name(name): p.grad for name, p in unwrapped(model).named_parameters() if p.requires_grad}
     return {name: full(grad).clone() for name, grad in found.items() if grad is not None}
 
 

@@ -13,11 +13,29 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from dual_lora_kernels import DualLoraWarmup, dual_lora_state_dict, load_dual_lora, merge_dual_lora, save_dual_lora
-from dual_lora_kernels.distributed import latest_checkpoint, load_checkpoint, save_checkpoint, save_merged
+from dual_lora_kernels import (
+    DualLoraWarmup,
+    dual_lora_state_dict,
+    load_dual_lora,
+    load_dual_lora_state_dict,
+    merge_dual_lora,
+    save_dual_lora,
+)
+from dual_lora_kernels.distributed import (
+    latest_checkpoint,
+    load_checkpoint,
+    parallelize_dual_lora,
+    save_checkpoint,
+    save_merged,
+)
+from dual_lora_kernels.distributed.processes import in_rank_0
+from dual_lora_kernels.linear import dual_lora_layers
 from dual_lora_kernels.sharding import full
 
 from .distributed_cases import LAYOUTS, adapted, batch, loss_of, optimiser
@@ -53,6 +71,90 @@ def load(name: str, folder: Path) -> None:
     expected = dual_lora_state_dict(adapted())
     for key, tensor in _whole(model).items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def load_after_a_call(name: str, folder: Path) -> None:
+    """``fully_shard`` leaves some parameters gathered after a call; what is written into those would be lost."""
+    model = spread(name)
+    own = own_rows(batch(0), LAYOUTS[name])
+    with torch.no_grad():
+        loss_of(model, own)
+    save_dual_lora(model, folder / "first")
+    state = {key: torch.full_like(tensor, 0.25) for key, tensor in dual_lora_state_dict(adapted()).items()}
+    loss_of(model, own)
+    load_dual_lora_state_dict(model, state)
+    loss_of(model, own).backward()
+    for key, tensor in _whole(model).items():
+        assert torch.equal(tensor, state[key]), key
+    load_dual_lora(model, folder / "first")
+    loss_of(model, own)
+    save_merged(model, folder / "merged")
+    assert next(iter(dual_lora_layers(model)))[1].merged is False
+    expected = merge_dual_lora(adapted()).state_dict()
+    for file in (folder / "merged").glob("*.safetensors"):
+        for key, tensor in load_file(file).items():
+            assert torch.equal(tensor, expected[key]), key
+
+
+def refuse_on_two_meshes(folder: Path) -> str:
+    """Some layers are spread over all four processes, and the first over two of them."""
+    model: Any = adapted()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    plan = {f"model.layers.*.mlp.{name}_proj": style for name, style in PLAN.items()}
+    parallelize_dual_lora(model, mesh["tp"], plan)
+    fully_shard(model, mesh=mesh["dp"])
+    (folder / "file").write_text("")
+    dist.barrier()
+    try:
+        save_dual_lora(model, folder / "file")
+    except OSError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+PLAN = {"gate": "colwise", "up": "colwise", "down": "rowwise"}
+
+
+def save_part_of_a_state_dict(folder: Path) -> str:
+    model: Any = spread("fsdp")
+    try:
+        model.save_pretrained(folder, is_main_process=dist.get_rank() == 0, state_dict={})
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+class _Stubborn(Exception):
+    """Holds what cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("no")
+        self.held = (number for number in ())
+
+
+def raise_what_does_not_pickle() -> str:
+    def act() -> None:
+        raise _Stubborn
+
+    try:
+        in_rank_0(act)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def save_while_warming_up(folder: Path) -> tuple[list[float], list[float]]:
+    """PyTorch makes an optimiser's state by a step without effect, in every save where it has none of its own."""
+    model = spread("fsdp")
+    for _, layer in dual_lora_layers(model):
+        layer.warm_up(8)
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = [layer.scale.item() for _, layer in dual_lora_layers(model)]
+    for step in (1, 2):
+        own.zero_grad()
+        path = save_checkpoint(folder, step, model, own)
+    load_checkpoint(path, model, own)
+    return before, [layer.scale.item() for _, layer in dual_lora_layers(model)]
 
 
 def refuse_to_save(folder: Path) -> None:
@@ -179,13 +281,17 @@ def misfits(folder: Path) -> dict[str, str]:
         "step": lambda: save_checkpoint(folder, 0, other),
         "frozen": lambda: save_checkpoint(folder, 1, llama().requires_grad_(False)),
         "a file": lambda: save_checkpoint(file, 1, other),
+        "none": lambda: load_checkpoint(latest_checkpoint(folder / "empty"), other),  # type: ignore[arg-type]
+        "another optimiser": lambda: save_checkpoint(folder, 1, other, run.optimizer),
+        "a number": lambda: save_checkpoint(folder, 1, other, None, {"n": 3}),
+        "no scheduler": lambda: load_checkpoint(folder / "step-00000001", run.model, None, {"other": run.warmup}),
     }
     messages = {}
     for name, case in cases.items():
         try:
             case()
             messages[name] = "nothing was raised"
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
     return messages
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dual_lora_kernels import DualLoraConfig, DualLoraLinear, apply_dual_lora, dual_lora_merged, merge_dual_lora
 from dual_lora_kernels.distributed import DualLoraColwiseParallel, DualLoraRowwiseParallel, parallelize_dual_lora
@@ -22,7 +23,7 @@ from dual_lora_kernels.linear import dual_lora_layers
 from dual_lora_kernels.sharding import full, local_block
 
 from .distributed_cases import LAYOUTS, adapted, loss_of
-from .models import tokens
+from .models import llama, tokens
 
 WIDE, NARROW, TOKENS = 40, 24, 16
 
@@ -129,6 +130,14 @@ def _error(value: Any, truth: Any) -> float:
     return float((value.detach().double() - truth.detach().double()).norm() / truth.detach().double().norm())
 
 
+def llama_of_three_heads() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=48, intermediate_size=48, num_hidden_layers=1, num_attention_heads=6,
+        num_key_value_heads=3,
+    )  # fmt: skip
+    return apply_dual_lora(LlamaForCausalLM(config), DualLoraConfig("all-linear", r1=2, r2=2))
+
+
 def refusals() -> dict[str, str]:
     """The messages of what cannot be, by a word for each."""
 
@@ -159,6 +168,11 @@ def refusals() -> dict[str, str]:
         "twice": lambda: parallelize_dual_lora(
             parallelize_dual_lora(model(), own, {"up": "colwise"}), own, {"up": "rowwise"}
         ),
+        "no mesh": lambda: parallelize_dual_lora(model(), 2, {"up": "colwise"}),  # type: ignore[arg-type]
+        "a list": lambda: parallelize_dual_lora(model(), own, ["up"]),  # type: ignore[arg-type]
+        "an activation": lambda: parallelize_dual_lora(nn.Sequential(model(), nn.GELU()), own, {"1": "colwise"}),
+        "heads": lambda: parallelize_dual_lora(llama_of_three_heads(), own),
+        "tp after fully_shard": lambda: parallelize_dual_lora(fully_shard(model()), own, {"up": "colwise"}),
         "whole input": lambda: parallelize_dual_lora(model(), own, {"down": "rowwise"})(torch.ones(2, NARROW)),
         "part of an input": lambda: parallelize_dual_lora(model(), own, {"up": "colwise"})(torch.ones(2, 6)),
         "prepare": lambda: parallelize_dual_lora(model(), own, {"up": "colwise"}).up.prepare(),  # type: ignore[union-attr, operator]
@@ -178,6 +192,73 @@ def refusals() -> dict[str, str]:
         except (ValueError, TypeError, RuntimeError) as error:
             messages[name] = f"{type(error).__name__}: {error}"
     return messages
+
+
+def verbs_of_peft() -> dict[str, Any]:
+    """PEFT's verbs on a model that `parallelize_dual_lora` has split: errors against the whole one, and refusals."""
+    whole, own = peft_model(), parallelize_dual_lora(peft_model(), mesh())
+    errors = {}
+    with torch.no_grad():
+        errors["call"] = _error(own(tokens()).logits, whole(tokens()).logits)
+        with own.disable_adapter(), whole.disable_adapter():  # type: ignore[operator]
+            errors["disabled"] = _error(own(tokens()).logits, whole(tokens()).logits)
+        for model in (own, whole):
+            model.merge_adapter()  # type: ignore[operator]
+        errors["merged"] = _error(own(tokens()).logits, whole(tokens()).logits)
+        for model in (own, whole):
+            model.unmerge_adapter()  # type: ignore[operator]
+        errors["unmerged"] = _error(own(tokens()).logits, whole(tokens()).logits)
+        own.add_adapter("other", own.peft_config["default"])  # type: ignore[operator, index, union-attr]
+        own.set_adapter("other")  # type: ignore[operator]
+        assert own(tokens()).logits.isfinite().all()
+    said = {}
+    for name, case in {
+        "mixed batch": lambda: own(tokens(), adapter_names=["other", "default"]),
+        "unload": own.merge_and_unload,
+        "after DDP": lambda: peft_model(DistributedDataParallel(llama())),
+    }.items():
+        try:
+            case()  # type: ignore[operator]
+            said[name] = "nothing was raised"
+        except ValueError as error:
+            said[name] = str(error)
+    return {"errors": errors, "said": said}
+
+
+def peft_model(base: nn.Module | None = None) -> nn.Module:
+    from peft import get_peft_model
+
+    from dual_lora_kernels.peft import DualLoraConfig as PeftConfig
+
+    torch.manual_seed(7)
+    options = {"r1": 4, "r2": 3, "alpha": 1.0, "init_std": 0.3, "target_modules": "all-linear"}
+    own: nn.Module = get_peft_model(llama() if base is None else base, PeftConfig(**options)).eval()
+    return own
+
+
+def merged_then_sharded() -> None:
+    """W0 comes back into a layer that was sharded while it was merged."""
+    own = layer()
+    before = own.weight.detach().clone()
+    own.merge()
+    fully_shard(own)
+    own.unmerge()
+    assert torch.equal(full(own.weight), before)
+
+
+def reset_uneven() -> None:
+    """Rows that the processes do not divide evenly: one draw, the same factors in every layout."""
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    own = DualLoraLinear(10, 6, r1=3, r2=2)
+    parallelize_module(own, both["tp"], DualLoraColwiseParallel())
+    fully_shard(own, mesh=both["dp"])
+    own.reset_adapter_parameters()
+    for factor in own.factors():
+        whole = full(factor.detach())
+        assert 0.005 < whole.std() < 0.05
+        everywhere = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, whole.contiguous())
+        assert all(torch.equal(each, whole) for each in everywhere)
 
 
 def transformers_plan(folder: Path, door: str, dtype: torch.dtype) -> dict[str, float]:

@@ -312,6 +312,17 @@ def test_an_optimiser_of_copies_counts_where_deepspeed_is_in_use(monkeypatch: py
     assert seen == pytest.approx([0.5, 0.75, 1.0, 1.0, 1.0])
 
 
+def test_another_models_optimiser_does_not_count_where_deepspeed_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    model, other = net(), nn.Linear(2, 2)
+    optimizer, another = optimizer_of(model), torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        model(X).square().sum().backward()
+        another.step()
+        optimizer.step()
+    assert factors_of(model) == pytest.approx([0.75, 0.75])
+
+
 def test_an_optimiser_of_copies_does_not_count_elsewhere() -> None:
     model = net()
     model(X).square().sum().backward()

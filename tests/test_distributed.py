@@ -131,6 +131,11 @@ MESSAGES = {
     "not adapted": "TypeError: plan: got DualLoraColwiseParallel for plain, a Linear without adapter",
     "not adapted, by style": "TypeError: module: got Linear, expected an adapted linear layer",
     "twice": "TypeError: plan: got DualLoraRowwiseParallel for up: it has been sharded already",
+    "no mesh": "TypeError: mesh: got 2, expected a DeviceMesh",
+    "a list": "TypeError: plan: got list, expected styles by module names",
+    "an activation": "TypeError: plan: got ColwiseParallel for 1, a GELU, expected it for linear layers and embeddings",
+    "heads": "ValueError: mesh: got 2 processes, expected a number that divides num_key_value_heads, 3",
+    "tp after fully_shard": "ValueError: model: got a model in the hands of fully_shard",
     "whole input": "ValueError: input: got shape (2, 40), expected [..., 20], a 2th of in_features = 40",
     "part of an input": "ValueError: input: got shape (2, 6), expected [..., 24]",
     "prepare": "RuntimeError: weight is sharded (Shard(dim=0) over tp), so no copy can be kept",
@@ -146,6 +151,28 @@ def test_what_cannot_be_is_refused(two: Processes) -> None:
     for messages in two.run(layers.refusals):
         for case, message in MESSAGES.items():
             assert message in messages[case], f"{case}: {messages[case]}"
+
+
+PEFT_SAYS = {
+    "mixed batch": "adapter_names: got some for a layer of tensor parallelism",
+    "unload": "model: got a layer that parallelize_dual_lora has split",
+    "after DDP": "model: got a model in the hands of DistributedDataParallel",
+}
+
+
+def test_pefts_verbs_under_tensor_parallelism(two: Processes) -> None:
+    for result in two.run(layers.verbs_of_peft):
+        assert max(result["errors"].values()) <= _bound(torch.float32), result["errors"]
+        for case, message in PEFT_SAYS.items():
+            assert message in result["said"][case], result["said"][case]
+
+
+def test_a_layer_that_was_sharded_while_merged_gets_its_weight_back(two: Processes) -> None:
+    two.run(layers.merged_then_sharded)
+
+
+def test_factors_are_one_draw_in_uneven_parts(four: Processes) -> None:
+    four.run(layers.reset_uneven)
 
 
 @pytest.fixture(scope="module")

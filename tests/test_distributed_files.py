@@ -15,7 +15,7 @@ from . import distributed_cases as cases
 from . import distributed_files as files
 from .processes import Failed, Processes
 
-SPREAD = ["ddp", "fsdp", "fsdp offload", "tp", "fsdp tp"]
+SPREAD = ["ddp", "fsdp", "fsdp offload", "fsdp wrapped", "fsdp kept", "tp", "fsdp tp"]
 
 
 @pytest.mark.parametrize("layout", SPREAD)
@@ -43,12 +43,38 @@ def test_four_processes_save_and_load(four: Processes, tmp_path: Path) -> None:
     four.run(files.load, "fsdp tp", tmp_path / "peft")
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp kept"])
+def test_what_a_call_left_gathered_is_saved_and_loaded(two: Processes, layout: str, tmp_path: Path) -> None:
+    two.run(files.load_after_a_call, layout, tmp_path)
+
+
+def test_an_error_reaches_processes_of_other_meshes(four: Processes, tmp_path: Path) -> None:
+    for said in four.run(files.refuse_on_two_meshes, tmp_path):
+        assert "expected one that an adapter can be written to" in said
+
+
+def test_a_part_of_a_state_dict_is_refused_and_nobody_waits(two: Processes, tmp_path: Path) -> None:
+    said = two.run(files.save_part_of_a_state_dict, tmp_path)
+    assert said[0].startswith("state_dict: got none of model.layers.0")
+    assert said[1] == "nothing was raised"
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words(two: Processes) -> None:
+    assert two.run(files.raise_what_does_not_pickle) == ["RuntimeError: _Stubborn: no"] * 2
+
+
+def test_saving_counts_no_step(two: Processes, tmp_path: Path) -> None:
+    for before, after in two.run(files.save_while_warming_up, tmp_path):
+        assert before == after
+
+
 def test_who_cannot_save_says_so_everywhere(two: Processes, tmp_path: Path) -> None:
     two.run(files.refuse_to_save, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("layout", "other"), [("ddp", "fsdp"), ("fsdp", "tp"), ("tp", "ddp"), ("fsdp tp", "fsdp"), ("fsdp", "fsdp offload")]
+    ("layout", "other"),
+    [("ddp", "fsdp"), ("fsdp", "tp"), ("tp", "ddp"), ("fsdp tp", "fsdp wrapped"), ("fsdp kept", "fsdp")],
 )
 def test_resuming_in_another_layout(two: Processes, layout: str, other: str, tmp_path: Path) -> None:
     """Losses of fp32 runs, of which no sign turns in three steps."""
@@ -80,6 +106,10 @@ MISFITS = {
     "step": "step: got 0, expected a positive integer",
     "frozen": "model: got a LlamaForCausalLM of which nothing trains",
     "a file": "FileExistsError",
+    "none": "checkpoint: got None, expected a folder: latest_checkpoint found none",
+    "another optimiser": "optimizer: got one with other parameters than the model's",
+    "a number": "stateful['n']: got int, expected state_dict and load_state_dict",
+    "no scheduler": "which does not fit: Missing key in checkpoint state_dict: stateful.other",
 }
 
 

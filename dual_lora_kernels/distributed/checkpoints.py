@@ -17,15 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from .. import automatic_warmup
-from ..adapter import dual_lora_adapters, unwrapped
+from ..adapter import dual_lora_adapters, plain_name, unwrapped
+from ..adapter_state import saved_modules
+from ..sharding import copy_into, reshard
 from ..validation import check_positive_int
-from .processes import in_rank_0, rank
+from .processes import in_rank_0
 
 _logger = logging.getLogger("dual_lora_kernels")
 _NAME = re.compile(r"step-(\d+)")
@@ -48,7 +51,7 @@ def save_checkpoint(
     that the next call removes.
 
     Args:
-        folder: of this run's checkpoints; made if need be.
+        folder: of this run's checkpoints alone: the newest is the one of the highest step. Made if need be.
         step: optimiser steps so far.
         model: what of it trains is saved, and the scales of its adapters (of either door).
         optimizer: saved by parameters' names.
@@ -56,7 +59,8 @@ def save_checkpoint(
         keep: checkpoints left, this one included.
 
     Raises:
-        ValueError, TypeError: `step` or `keep` is no positive integer, or nothing of `model` trains.
+        ValueError, TypeError: `step` or `keep` is no positive integer; nothing of `model` trains; `optimizer` holds
+            other parameters than the model's; one of `stateful` lacks a method.
         OSError: the folder cannot be written.
     """
     folder, step, keep = Path(folder), check_positive_int("step", step), check_positive_int("keep", keep)
@@ -71,13 +75,12 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint of the highest step in `folder`, the same for all processes; None if there is none."""
-    found: list[Path | None] = [None]
-    if rank() == 0:
-        finished = _finished(Path(folder))
-        found = [finished[-1] if finished else None]
+    finished: list[Path] = []
+    in_rank_0(lambda: finished.extend(_finished(Path(folder))))
+    newest: list[Path | None] = [finished[-1] if finished else None]
     if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        dist.broadcast_object_list(newest, src=0)
+    return newest[0]
 
 
 def load_checkpoint(
@@ -94,21 +97,25 @@ def load_checkpoint(
     Raises:
         ValueError: `checkpoint` is no finished checkpoint, or lacks something of the model, or has it in other shapes.
     """
+    if checkpoint is None:
+        raise ValueError("checkpoint: got None, expected a folder: latest_checkpoint found none")
     checkpoint = Path(checkpoint)
     match = _NAME.fullmatch(checkpoint.name)
     if match is None or not (checkpoint / ".metadata").is_file():
         raise ValueError(f"checkpoint: got {str(checkpoint)!r}, expected a folder that save_checkpoint has finished")
     state = _state(model, optimizer, stateful)
     _check_fits(checkpoint, state["model"])
-    load(state, checkpoint_id=str(checkpoint))
+    try:
+        load(state, checkpoint_id=str(checkpoint))
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()), (error,))[0]
+        raise ValueError(f"checkpoint: got {str(checkpoint)!r}, which does not fit: {reason}") from error
     if optimizer is not None:
-        set_optimizer_state_dict(unwrapped(model), optimizer, state["optimizer"])
-    # After the optimiser: making its state takes a step of it, which the warm-up counts.
+        with automatic_warmup.paused():
+            set_optimizer_state_dict(unwrapped(model), optimizer, state["optimizer"])
     own = _trained(model)
-    with torch.no_grad():
-        for name, tensor in state["model"].items():
-            if own[name] is not tensor:
-                own[name].copy_(tensor)
+    for name, tensor in state["model"].items():
+        copy_into(own[name], tensor)
     for _, adapter in dual_lora_adapters(model):
         automatic_warmup.resume(adapter)
     return int(match.group(1))
@@ -120,16 +127,30 @@ def _state(
     trained = _trained(model)
     if not any(tensor.requires_grad for tensor in trained.values()):
         raise ValueError(f"model: got a {type(model).__name__} of which nothing trains, expected an adapted model")
+    for name, each in (stateful or {}).items():
+        if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+            raise TypeError(f"stateful[{name!r}]: got {type(each).__name__}, expected state_dict and load_state_dict")
+    if optimizer is not None:
+        known = set(map(id, unwrapped(model).parameters()))
+        if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                "optimizer: got one with other parameters than the model's, expected one that was made after the model "
+                "was adapted and spread"
+            )
     state: dict[str, Any] = {"model": {name: tensor.detach().clone() for name, tensor in trained.items()}}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
+        with automatic_warmup.paused():
+            state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
     return state | {f"stateful.{name}": each for name, each in (stateful or {}).items()}
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What of a model trains, and its adapters, by name."""
+    """What of a model trains, its adapters, and modules saved whole, by name."""
     inner = unwrapped(model)
-    state = {name: parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    reshard(inner)
+    state = {plain_name(name): parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    for name, module in saved_modules(inner):
+        state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     for prefix, adapter in dual_lora_adapters(inner):
         own = {"A": adapter.A, "B": adapter.B, "C": adapter.C, "D": adapter.D, "scale": adapter.scale}
         state |= {f"{prefix}.{name}".lstrip("."): tensor for name, tensor in own.items()}  # type: ignore[misc]
@@ -163,9 +184,10 @@ def _clear(folder: Path) -> None:
 
 
 def _finish(unfinished: Path, target: Path, keep: int) -> None:
-    if target.exists():
-        shutil.rmtree(target)
+    if target.exists():  # a run that went back
+        os.replace(target, target.with_suffix(f".old{_UNFINISHED}"))
     os.replace(unfinished, target)
+    _clear(target.parent)
     for path in _finished(target.parent)[:-keep]:
         if path != target:
             shutil.rmtree(path)

@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..adapter import unwrapped
+from ..adapter import plain_name, unwrapped
 from ..adapter_state import SAVED_TENSORS
 from ..linear import DualLoraLinear, layers_to
 from ..quantised_linear import QuantisedDualLoraLinear
+from ..sharding import reshard
 from .processes import in_rank_0
 
 _MOST_BYTES = 5_000_000_000
@@ -39,6 +40,7 @@ def save_merged(model: nn.Module, folder: str | Path) -> Path:
         OSError: `folder` cannot be written.
     """
     folder = Path(folder)
+    reshard(model)
     layers = dict(layers_to("merge", model, "save_pretrained(), and merge the saved adapter into the base model"))
     inner = unwrapped(model)
     shared = [name for name, same in _names(inner).items() if len(same) > 1 and any(n in layers for n in same)]
@@ -84,7 +86,8 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
     """By the first name of every parameter, the modules that own it."""
     owners: dict[int, list[str]] = {}
     first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for wrapped, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(wrapped)
         first.setdefault(id(parameter), name)
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     return {name: owners[identity] for identity, name in first.items()}
@@ -93,11 +96,11 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
 def _plain_state(model: nn.Module, layers: Mapping[str, DualLoraLinear]) -> dict[str, torch.Tensor]:
     """The merged model's tensors by the plain model's names, each once: tied ones are tied again when it is loaded."""
     factors = {f"{name}.{tensor}" for name in layers for tensor in SAVED_TENSORS}
-    once = {name for name, _ in model.named_parameters()}
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    once = {plain_name(name) for name, _ in model.named_parameters()}
+    every = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {
         name: tensor.detach()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in ((plain_name(wrapped), tensor) for wrapped, tensor in model.state_dict().items())
         if name not in factors and (name in once or name not in every)
     }
     return state | {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}

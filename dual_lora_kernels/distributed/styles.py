@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..adapter import DualLoraAdapter, dual_lora_adapters
 from ..linear import DualLoraLinear
+from ..model import check_not_distributed
 from ..quantised_linear import QuantisedDualLoraLinear
 from ..sharding import is_sharded
 from ..tensor_parallel import COLUMNS, ROWS, Split, check_divides, split_adapter
@@ -141,26 +142,43 @@ def parallelize_dual_lora(
 
     Raises:
         ValueError: there is no plan; a name matches no module; the mesh has several dimensions, or its size does not
-            divide what a layer splits.
-        TypeError: a style does not fit its module. Nothing has been changed in either case.
+            divide what a layer splits, or the heads; the model is in the hands of DDP or ``fully_shard`` already.
+        TypeError: an argument is of another type, or a style does not fit its module. Nothing has been changed in
+            either case.
     """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh: got {mesh!r}, expected a DeviceMesh of one dimension")
+    if plan is not None and not isinstance(plan, Mapping):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected styles by module names")
+    check_not_distributed(model)
+    inner = model
     if plan is None:
-        plan = {name: style for name, style in (getattr(model, "tp_plan", None) or {}).items() if style in _NAMED}
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # PEFT's
+        plan = {name: style for name, style in (getattr(inner, "tp_plan", None) or {}).items() if style in _NAMED}
+        _check_heads(inner, mesh)
     if not plan:
         raise ValueError("plan: got none, and the model brings none; expected styles by module names")
     styles = {}
-    modules = dict(model.named_modules())
+    modules = dict(inner.named_modules())
     for pattern, given in plan.items():
         style = _NAMED[given]() if isinstance(given, str) and given in _NAMED else given
         if not isinstance(style, ParallelStyle):
             raise TypeError(f"plan[{pattern!r}]: got {given!r}, expected a ParallelStyle, 'colwise' or 'rowwise'")
         named = [name for name in modules if _matches(pattern, name)]
         if not named:
-            raise ValueError(f"plan: got {pattern!r}, which matches no module of {type(model).__name__}")
+            raise ValueError(f"plan: got {pattern!r}, which matches no module of {type(inner).__name__}")
         for name in named:
             styles[name] = _suited(name, modules[name], style, mesh)
-    parallelize_module(model, mesh, styles, src_data_rank=src_data_rank)
+    parallelize_module(inner, mesh, styles, src_data_rank=src_data_rank)
     return model
+
+
+def _check_heads(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise ValueError where a transformers model's own plan would cut through an attention head."""
+    for option in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(getattr(model, "config", None), option, None)
+        if isinstance(heads, int) and heads % mesh.size():
+            raise ValueError(f"mesh: got {mesh.size()} processes, expected a number that divides {option}, {heads}")
 
 
 _NAMED = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -177,6 +195,11 @@ def _suited(name: str, module: nn.Module, style: ParallelStyle, mesh: DeviceMesh
     if not any(True for _ in dual_lora_adapters(module)):
         if isinstance(style, _DualLoraParallel):
             raise TypeError(f"plan: got {type(style).__name__} for {name}, a {type(module).__name__} without adapter")
+        if isinstance(style, ColwiseParallel | RowwiseParallel) and not isinstance(module, nn.Linear | nn.Embedding):
+            raise TypeError(
+                f"plan: got {type(style).__name__} for {name}, a {type(module).__name__}, expected it for linear "
+                "layers and embeddings"
+            )
         return style
     if isinstance(style, ColwiseParallel | RowwiseParallel):
         own = DualLoraColwiseParallel if isinstance(style, ColwiseParallel) else DualLoraRowwiseParallel
@@ -199,7 +222,7 @@ def why_not_parallel(module: nn.Module) -> str | None:
     if isinstance(module, QuantisedDualLoraLinear):
         return "its weight is quantised, whose blocks tensor parallelism would cut"
     if not isinstance(module, DualLoraLinear) and not hasattr(module, "dual_adapter"):
-        return "it is not one"
+        return "it is no adapted layer itself"
     base, adapters = parts_of(module)
     if not isinstance(base._parameters.get("weight"), nn.Parameter) or not base.weight.is_floating_point():  # type: ignore[operator, union-attr]
         return "its weight is quantised, whose blocks tensor parallelism would cut"

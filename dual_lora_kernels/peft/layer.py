@@ -16,7 +16,7 @@ from ..adapter import DualLoraAdapter
 from ..hooks import call_within_hooks, computing_device
 from ..peft_files import PEFT_PREFIX
 from ..quantised.weight import QuantisedWeight
-from ..sharding import check_gathered
+from ..sharding import check_gathered, copy_into, is_sharded
 from ..tensor_parallel import split_adapter
 from ..transformers_parallel import rules_of
 
@@ -70,8 +70,11 @@ class Linear(nn.Module, DualLoraLayer):
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         rules = rules_of(self.base_layer)
+        split = next((each.split() for each in self._every_adapter() if is_sharded(each.A)), None)
         if rules is not None:
             split_adapter(adapter, rules.split)
+        elif split is not None:
+            split_adapter(adapter, split)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -103,6 +106,13 @@ class Linear(nn.Module, DualLoraLayer):
         weight: torch.Tensor = self.base_layer.weight
         return weight.t() if self.transposed else weight
 
+    def _every_adapter(self) -> list[DualLoraAdapter]:
+        return list(self.dual_adapter.values())  # type: ignore[arg-type]
+
+    def _is_split_by_itself(self) -> bool:
+        """Whether this layer was split by `parallelize_dual_lora`, of which the base layer's forward knows nothing."""
+        return is_sharded(self.base_layer._parameters.get("weight")) and rules_of(self.base_layer) is None
+
     def _adapters(self, names: list[str]) -> list[DualLoraAdapter]:
         """Those of the named adapters that this layer has."""
         own = self.dual_adapter
@@ -126,6 +136,8 @@ class Linear(nn.Module, DualLoraLayer):
 
     def _base(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x W0ᵀ + b."""
+        if self._is_split_by_itself():
+            return self._every_adapter()[0].base_linear(input, self._oriented_weight(), self.base_layer.bias)
         result: torch.Tensor = self.base_layer(input, *args, **kwargs)
         return result
 
@@ -150,6 +162,8 @@ class Linear(nn.Module, DualLoraLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {len(input)} respectively."
             )
+        if any(is_sharded(adapter.A) for adapter in self._every_adapter()):
+            raise ValueError("adapter_names: got some for a layer of tensor parallelism, which computes whole batches")
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -205,7 +219,7 @@ class Linear(nn.Module, DualLoraLayer):
         if self._unmerged_weight is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer.weight.copy_(self._unmerged_weight)
+        copy_into(self.base_layer.weight, self._unmerged_weight)
         self._unmerged_weight = None
         self.merged_adapters.clear()
 
@@ -214,6 +228,11 @@ class Linear(nn.Module, DualLoraLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base layer, merged if asked, for PEFT's ``merge_and_unload`` and ``unload``. Keeps no copy of W0."""
+        if self._is_split_by_itself():
+            raise ValueError(
+                "model: got a layer that parallelize_dual_lora has split, whose base layer cannot run alone; expected "
+                "a whole one: save the adapter, and merge that into the base model"
+            )
         if merge:
             names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dual_adapter]
             self.check_merge(names)

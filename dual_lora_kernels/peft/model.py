@@ -17,6 +17,7 @@ from torch import nn
 from ..adaptable import why_not_adaptable
 from ..config import ALL_LINEAR
 from ..linear import dual_lora_layers
+from ..model import check_not_distributed
 from ..peft_files import PEFT_PREFIX
 from ..quantised.layers import is_quantised
 from ..quantised.models import dequantised_dtypes, forget_quantisation, report_compute_dtypes
@@ -41,6 +42,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
 
         It also tells of an adapter that is to train without warm-up.
         """
+        check_not_distributed(model)
         if next(dual_lora_layers(model), None) is not None:
             raise ValueError(
                 f"model: got {type(model).__name__} with layers of apply_dual_lora, expected one without: call "

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dual_lora_kernels import (
     DualLoraConfig,
@@ -90,7 +90,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--merge", action="store_true", help="write the merged model as well")
     parser.add_argument("--out", type=Path, default=Path("results/distributed"), help="a folder that all nodes see")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.merge and (options.out / "merged").exists():
+        parser.error(f"--merge: {options.out / 'merged'} exists, expected none")
+    return options
 
 
 def _join() -> torch.device:
@@ -108,7 +111,7 @@ def _join() -> torch.device:
 
 def _meshes(options: argparse.Namespace, device: torch.device) -> Meshes:
     count, shared = dist.get_world_size(), options.tensor_parallel if options.layout == "fsdp-tp" else 1
-    if count % shared:
+    if shared < 1 or count % shared:
         raise SystemExit(f"--tensor-parallel: got {shared}, expected a divisor of the {count} processes")
     if options.batch_size % (count // shared):
         raise SystemExit(f"--batch-size: got {options.batch_size}, expected a multiple of {count // shared}")
@@ -124,7 +127,7 @@ def _adapted(options: argparse.Namespace) -> nn.Module:
             vocab_size=BYTE_VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
         )  # fmt: skip
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, local_files_only=True)
     config = DualLoraConfig("all-linear", r1=options.rank, r2=options.rank, alpha=2.0 * options.rank)

@@ -1,7 +1,9 @@
 """The same by transformers' Trainer, on the engine that accelerate's configuration names: DDP, FSDP, DeepSpeed.
 
-accelerate launch --num_processes 2 --module examples.distributed.with_trainer
-accelerate launch --config_file examples/distributed/zero3.yaml --module examples.distributed.with_trainer
+    accelerate launch --multi_gpu --num_processes 2 --module examples.distributed.with_trainer
+    accelerate launch --config_file examples/distributed/fsdp2.yaml --module examples.distributed.with_trainer
+
+``--multi_gpu`` starts several processes on CPUs too, where ``--cpu`` starts one.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from dual_lora_kernels import DualLoraConfig, apply_dual_lora, create_dual_lora_optimizer
 from dual_lora_kernels.trainer import DualLoraWarmupCallback
@@ -76,8 +78,8 @@ def _model(folder: Path | None) -> nn.Module:
         vocab_size=BYTE_VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    random: nn.Module = LlamaForCausalLM(config)
-    return random.to(torch.bfloat16)
+    random: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return random
 
 
 if __name__ == "__main__":
