@@ -15,7 +15,8 @@ from benchmarks.gpu import numerical_suite
 from benchmarks.harness.machines import Machine, every_machine, few_machines, native_kernels
 
 SUITE = (
-    "reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model", "quantised",
+    "reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model", "origin",
+    "quantised",
 )  # fmt: skip
 """Tests whose outcome may depend on how a processor or a library computes."""
 _SECONDS = 1800.0
