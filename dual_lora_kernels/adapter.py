@@ -252,10 +252,6 @@ class DualLoraAdapter(nn.Module):
                 self.A.dtype,
             )
 
-    def split(self) -> tensor_parallel.Split:
-        """How tensor parallelism has split the factors. Raises ValueError where it has not."""
-        return tensor_parallel.split_of(self.A, self.B)
-
     def trains(self) -> bool:
         """Whether a factor requires a gradient."""
         return any(factor.requires_grad for factor in self.factors())
@@ -306,19 +302,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 """What activation checkpointing (accelerate's too), torch.compile and FSDP1 put into the names of a model's parts."""
 
 
 def plain_name(name: str) -> str:
     """The name of a part, without those of the wrappers around it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` of the unwrapped model, by `plain_name`."""
+    """``named_modules`` of the unwrapped model, by `plain_name`: a wrapper has its content's name, and comes first."""
     return ((plain_name(name), module) for name, module in unwrapped(model).named_modules())
 
 

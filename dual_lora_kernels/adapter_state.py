@@ -36,9 +36,11 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors alone, detached, not copied: what `save_dual_lora` saves.
 
     These are ``<layer>.A``, ``.B``, ``.C``, ``.D`` and ``.scale`` of each adapted layer, and the state of the modules
-    that `DualLoraConfig.modules_to_save` names. Sharded ones are DTensors. Raises ValueError where the model has no
-    Dual LoRA layers, or where DeepSpeed's ZeRO-3 or FSDP1 keeps them in parts.
+    that `DualLoraConfig.modules_to_save` names. Sharded ones are DTensors; do not call it within a forward pass of
+    ``fully_shard``'s, which it would take the gathered ones from. Raises ValueError where the model has no Dual LoRA
+    layers, or where DeepSpeed's ZeRO-3 or FSDP1 keeps them in parts.
     """
+    reshard(model)
     state = adapter_tensors(model)
     for name, tensor in state.items():
         _check_gathered(name, tensor)
@@ -51,7 +53,6 @@ def _check_gathered(name: str, tensor: torch.Tensor) -> None:
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """What `dual_lora_state_dict` returns, as the model has it: parameters and buffers."""
-    reshard(model)
     state = {
         f"{name}.{tensor}": getattr(layer, tensor)
         for name, layer in layers_to("save", model, "save_pretrained()")
@@ -70,6 +71,7 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     loaded: see `check_value`.
     """
     given = {plain_name(name): tensor for name, tensor in (state_dict or {}).items()}
+    reshard(model)
     own = adapter_tensors(model)
     missing = [name for name, tensor in own.items() if name not in given and is_sharded(tensor)]
     if state_dict is not None and missing:  # other processes, which were given none, do not help to gather it

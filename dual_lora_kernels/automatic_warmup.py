@@ -7,8 +7,7 @@ users change a configuration and nothing else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakSet, ref
 
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .sharding import is_sharded
 
 if TYPE_CHECKING:
     from .adapter import DualLoraAdapter
@@ -28,7 +29,6 @@ _stepping: list[tuple[ReferenceType[torch.optim.Optimizer], set[int]]] = []
 One that wraps another holds the same factors, and both steps are one.
 """
 _is_hooked = False
-_is_paused = False
 _is_reached: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
 """Whether a gradient has reached a factor since the last step, where DeepSpeed is in use."""
 
@@ -86,20 +86,23 @@ def _leave(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _forget(optimizer)
     for _outer, done in _stepping:
         done.add(id(optimizer))
-    if _warming and not _is_paused:
+    if _warming and not _is_without_effect(optimizer):
         around = {identity for outer, _ in _stepping for identity in _parameters(outer())}
         _advance((_parameters(optimizer) | _stepped_by_deepspeed(optimizer)) - around)
 
 
-@contextmanager
-def paused() -> Iterator[None]:
-    """Count no steps: PyTorch makes an optimiser's state, to save or to load it, by a step without effect."""
-    global _is_paused
-    before, _is_paused = _is_paused, True
-    try:
-        yield
-    finally:
-        _is_paused = before
+def _is_without_effect(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step has rates and gradients of zero alone.
+
+    PyTorch makes an optimiser's state by such a step, where it is to be saved or loaded before the first real one. A
+    schedule's first rate may be zero as well, but gradients are not then. They are read where the rates are zero only.
+    """
+    groups = optimizer.param_groups
+    rates = [group.get("lr", 1.0) for group in groups]
+    if any((isinstance(rate, torch.Tensor) and rate.device.type != "cpu") or rate != 0 for rate in rates):
+        return False
+    held = [tensor.grad for group in groups for tensor in group["params"] if tensor.grad is not None]
+    return not any(bool((grad.to_local() if is_sharded(grad) else grad).any()) for grad in held)
 
 
 def _stepped_by_deepspeed(optimizer: torch.optim.Optimizer) -> set[int]:

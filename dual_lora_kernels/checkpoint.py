@@ -13,14 +13,14 @@ from torch import nn
 
 from . import automatic_warmup
 from .adaptable import linear_features, why_not_adaptable
-from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, plain_modules, unwrapped
+from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, plain_modules, plain_name, unwrapped
 from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from .adapter_state import SAVED_TENSORS, adapter_of, adapter_tensors, check_value, saved_modules
 from .config import DualLoraConfig
 from .linear import dual_lora_layers, layers_to
 from .model import adapt, check_not_distributed
 from .peft_files import PEFT_CONFIG_FILE, read_peft_files
-from .sharding import check_gathered, copy_into, full, in_first
+from .sharding import check_gathered, copy_into, full, in_first, reshard
 from .targets import refuse_tied
 from .validation import check_tensor
 
@@ -122,7 +122,7 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         whole = _modules_saved_whole(model, adapter.modules_to_save)
         slots = _slots_after_adapting(chosen)
         for name, module in whole.items():
-            slots |= {f"{name}.{key}": _slot(tensor) for key, tensor in module.state_dict().items()}
+            slots |= {f"{name}.{plain_name(key)}": _slot(tensor) for key, tensor in module.state_dict().items()}
         _check_state("folder", slots, adapter.state)
         adapt(model, chosen, list(whole.values()))
     else:
@@ -135,7 +135,16 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _read(folder: Path) -> Adapter:
-    """What is in `folder`: an adapter of `save_dual_lora`, or one in PEFT's files."""
+    """What is in `folder`: an adapter of `save_dual_lora`, or one in PEFT's files. Names as `plain_name` gives them."""
+    configs, state, modules_to_save = _read_as_saved(folder)
+    return Adapter(
+        {plain_name(name): config for name, config in configs.items()},
+        {plain_name(name): tensor for name, tensor in state.items()},
+        tuple(map(plain_name, modules_to_save)),
+    )
+
+
+def _read_as_saved(folder: Path) -> Adapter:
     if not (folder / PEFT_CONFIG_FILE).is_file():
         return read_adapter(folder)
     if (folder / WEIGHTS_FILE).is_file():
@@ -194,6 +203,7 @@ def _slots_after_adapting(chosen: Mapping[str, tuple[nn.Module, DualLoraConfig]]
 
 def _check_layers(model: nn.Module) -> None:
     """Raise ValueError where values put into an adapted layer would not be those that it computes with."""
+    reshard(model)
     for name, layer in dual_lora_layers(model):
         if layer.merged:
             raise ValueError(f"model: {name} is merged, expected unmerged layers: call unmerge() before loading")
@@ -234,7 +244,7 @@ def _fill(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     for name, module in saved_modules(model):
         for key in module.state_dict():
             owner, _, last = key.rpartition(".")
-            _put(module.get_submodule(owner), last, state[f"{name}.{key}"], "cpu")
+            _put(module.get_submodule(owner), last, state[f"{name}.{plain_name(key)}"], "cpu")
 
 
 def _put(module: nn.Module, name: str, value: torch.Tensor, device: torch.device | str) -> None:

@@ -22,7 +22,7 @@ from .pretrained import save_adapters_by_save_pretrained, save_models_by_save_pr
 from .quantised.layers import is_quantised
 from .quantised.models import dequantised_dtypes, forget_quantisation, let_trainer_train, report_compute_dtypes
 from .quantised_linear import QuantisedDualLoraLinear
-from .sharding import described, is_sharded
+from .sharding import described, is_sharded, reshard
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
 from .validation import check_dtype
 
@@ -137,6 +137,7 @@ def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     """
     if isinstance(model, DualLoraLinear):
         raise ValueError("model: got a DualLoraLinear itself, expected a model; use its to_linear()")
+    reshard(model)
     layers = layers_to("merge", model, "merge_and_unload(), and merge_and_dequantize() for quantised models")
     if dtype is not None:
         check_dtype("dtype", dtype)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from .adapter import unwrapped
+from .adapter import plain_name, unwrapped
 from .adapter_files import WEIGHTS_FILE
 from .adapter_state import adapter_of, adapter_tensors
 from .linear import dual_lora_layers
 from .peft_files import write_peft_files
-from .sharding import in_first, is_sharded
+from .sharding import in_first, is_sharded, reshard
 
 TRAINER_WEIGHTS_FILE = "model.safetensors"
 """What transformers' Trainer reads to resume or to load the best checkpoint: the adapter by the model's own names."""
@@ -34,7 +34,8 @@ def save_adapters_by_save_pretrained(model: nn.Module) -> None:
         if hasattr(type(inner), "save_pretrained") and hasattr(inner, "config") and any(dual_lora_layers(inner)):
             inner.save_pretrained = partial(save_pretrained, inner)  # type: ignore[assignment]  # a method would not pickle
             # The Trainer warns of every key that a checkpoint lacks, but not if these are just what saving leaves out.
-            base = inner.state_dict().keys() - adapter_tensors(inner).keys()
+            own = adapter_tensors(inner).keys()
+            base = {name for name in inner.state_dict() if plain_name(name) not in own}
             inner._keys_to_ignore_on_save = base  # type: ignore[assignment]
 
 
@@ -75,16 +76,19 @@ def save_pretrained(
             raise ValueError(
                 f"save_directory: got {str(save_directory)!r}, which holds {holds}, expected another folder"
             )
-    own = adapter_tensors(model).values() if state_dict is None else ()
-    if not is_main_process and not any(map(is_sharded, own)):  # all take part in gathering sharded tensors
+    reshard(model)
+    tensors = adapter_tensors(model).values() if state_dict is None else ()
+    if not is_main_process and not any(map(is_sharded, tensors)):  # all take part in gathering sharded tensors
         return
     adapter = adapter_of(model, state_dict)
 
     def write() -> None:
-        resuming = {TRAINER_WEIGHTS_FILE: save(dict(adapter.state), metadata={"format": "pt"})}
+        names = {plain_name(name): name for name in model.state_dict()}  # with those of blocks compiled one by one
+        own = {names.get(name, name): tensor for name, tensor in adapter.state.items()}
+        resuming = {TRAINER_WEIGHTS_FILE: save(own, metadata={"format": "pt"})}
         write_peft_files(Path(save_directory), adapter, _about(model), resuming)
 
-    in_first(own, write)
+    in_first(tensors, write)
 
 
 def _about(model: nn.Module) -> dict[str, Any]:

@@ -150,8 +150,8 @@ def in_first(tensors: Iterable[torch.Tensor], action: Callable[[], None]) -> Non
             if not sharded:
                 raise
             error = portable(raised)
-    if sharded:  # over the largest mesh, of which the others are parts
-        error = agree(error, max(sharded, key=lambda tensor: tensor.device_mesh.size()))
+    for tensor in {tensor.device_mesh: tensor for tensor in sharded}.values():  # tensors can lie over several meshes
+        error = agree(error, tensor)
     if error is not None:
         raise error
 

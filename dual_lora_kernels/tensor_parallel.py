@@ -54,6 +54,27 @@ def split_of(A: torch.Tensor, B: torch.Tensor) -> Split:
     raise ValueError(f"factors: got A as {layouts[0]} and B as {layouts[1]}, expected them {_ADVICE}")
 
 
+def split_of_weight(weight: torch.Tensor, transposed: bool) -> Split:
+    """How a base weight is split, which `transposed` has as [in_features, out_features]. ValueError where it is not."""
+    from torch.distributed.tensor import Shard
+
+    if is_sharded(weight) and weight.device_mesh.ndim == 1 and isinstance(weight.placements[0], Shard):
+        dim = weight.placements[0].dim
+        return Split(weight.device_mesh, 1 - dim if transposed else dim)
+    layout = described(weight) if is_sharded(weight) else "a plain tensor"
+    raise ValueError(f"weight: got {layout}, expected it {_ADVICE}")
+
+
+def base_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W0ᵀ + b of a layer that is split, [out_features, in_features], without an adapter: a DTensor."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, dim = split_of_weight(weight, transposed=False)
+    if not is_sharded(input):
+        input = DTensor.from_local(input, mesh, [Replicate() if dim == ROWS else Shard(-1)], run_check=False)
+    return nn.functional.linear(input, weight, bias)
+
+
 def check_divides(mesh: DeviceMesh, dim: int, features: int, layer: str = "the layer") -> None:
     """Raise ValueError unless `mesh` is one-dimensional and its size divides the features that it splits."""
     if mesh.ndim != 1:
@@ -127,20 +148,20 @@ class _Replicated(torch.autograd.Function):
         return tuple(_local(parameter).view(parameter.shape) for parameter in parameters)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         import torch.distributed as dist
         from torch.distributed.tensor import DTensor, Replicate
 
-        wanted = [grad for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True) if needed]
-        partial = [grad for grad in wanted if grad is not None]
+        needs = ctx.needs_input_grad[1:]
+        partial = [grad for grad, needed in zip(grads, needs, strict=True) if needed]
         flat = torch.cat([grad.flatten() for grad in partial])
         dist.all_reduce(flat, group=ctx.mesh.get_group())
         sums = iter(flat.split([grad.numel() for grad in partial]))
         return None, *(
             DTensor.from_local(next(sums).view(grad.shape), ctx.mesh, [Replicate()], run_check=False)
-            if needed and grad is not None
+            if needed
             else None
-            for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)
+            for grad, needed in zip(grads, needs, strict=True)
         )
 
 

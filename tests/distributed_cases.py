@@ -59,6 +59,13 @@ def _wrapped(model: nn.Module) -> nn.Module:
     return _fsdp(model.train())
 
 
+def _wrapped_layers(model: nn.Module) -> nn.Module:
+    """Each adapted layer of the feed-forward parts in a wrapper of its own."""
+    for block in _blocks(model):
+        block.mlp.gate_proj = checkpoint_wrapper(block.mlp.gate_proj)
+    return _fsdp(model.train())
+
+
 def _tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_dual_lora(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)))
 
@@ -78,6 +85,7 @@ LAYOUTS = {
         Layout("fsdp offload", lambda m: _fsdp(m, offload_policy=CPUOffloadPolicy(pin_memory=False)), True),
         Layout("fsdp checkpointing", _checkpointed, True),
         Layout("fsdp wrapped", _wrapped, True),
+        Layout("fsdp wrapped layers", _wrapped_layers, True),
         Layout("fsdp kept", lambda m: _fsdp(m, reshard_after_forward=False), True),
         Layout("tp", _tensor_parallel, False),
         Layout("fsdp tp", _both, True),

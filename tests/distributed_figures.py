@@ -30,8 +30,8 @@ def main() -> None:
         "",
         f"A Llama of 2 layers, {STEPS} steps of AdamW, gloo. Free run: the largest difference of the loss, which is "
         "about 4.1, over the run; one sign of Q that a last bit turns moves it by 0.01. Same state: the largest "
-        "relative differences of the loss, and of any factor's gradient in norm, from the state that the single process "
-        "has in every fourth step. In roundings of the base's dtype.",
+        "relative differences of the loss, and of any factor's gradient in norm, from the state that the single "
+        "process has in every fourth step. In roundings of the base's dtype.",
         "",
         "| processes, layout, base | free run | loss, roundings | gradients, roundings |",
         "| --- | ---: | ---: | ---: |",

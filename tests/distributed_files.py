@@ -41,6 +41,7 @@ from dual_lora_kernels.sharding import full
 from .distributed_cases import LAYOUTS, adapted, batch, loss_of, optimiser
 from .distributed_cases import _mean as mean
 from .distributed_cases import _own_rows as own_rows
+from .distributed_layers import peft_model
 from .models import llama, tokens
 
 
@@ -96,13 +97,33 @@ def load_after_a_call(name: str, folder: Path) -> None:
             assert torch.equal(tensor, expected[key]), key
 
 
-def refuse_on_two_meshes(folder: Path) -> str:
-    """Some layers are spread over all four processes, and the first over two of them."""
+def merge_after_a_call(door: str) -> None:
+    """PEFT's merge and unmerge, and this package's refusal, where the root of ``fully_shard`` is gathered."""
+    model: Any = adapted() if door == "own" else peft_model()
+    fully_shard(model)
+    own = tokens(dist.get_world_size())[dist.get_rank()][None]
+    with torch.no_grad():
+        before = model(own).logits.clone()
+        if door == "own":
+            with pytest.raises(ValueError, match="with a sharded weight"):
+                merge_dual_lora(model)
+        else:
+            model.merge_adapter()
+            torch.testing.assert_close(model(own).logits, before)
+            model.unmerge_adapter()
+        assert torch.equal(model(own).logits, before)
+
+
+def refuse_on_two_meshes(folder: Path, kind: str) -> str:
+    """Some layers are spread over all four processes and the first over two of them; or each over another pair."""
     model: Any = adapted()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     plan = {f"model.layers.*.mlp.{name}_proj": style for name, style in PLAN.items()}
     parallelize_dual_lora(model, mesh["tp"], plan)
-    fully_shard(model, mesh=mesh["dp"])
+    for block in model.model.layers:
+        fully_shard(block.self_attn, mesh=mesh["dp"])
+    if kind == "one within the other":
+        fully_shard(model, mesh=mesh["dp"])
     (folder / "file").write_text("")
     dist.barrier()
     try:

@@ -173,6 +173,9 @@ def refusals() -> dict[str, str]:
         "an activation": lambda: parallelize_dual_lora(nn.Sequential(model(), nn.GELU()), own, {"1": "colwise"}),
         "heads": lambda: parallelize_dual_lora(llama_of_three_heads(), own),
         "tp after fully_shard": lambda: parallelize_dual_lora(fully_shard(model()), own, {"up": "colwise"}),
+        "by keyword": lambda: parallelize_dual_lora(
+            model(), own, {"up": DualLoraColwiseParallel(input_layouts=Shard(0))}
+        ).up(input=torch.ones(2, NARROW)),  # type: ignore[union-attr, operator]
         "whole input": lambda: parallelize_dual_lora(model(), own, {"down": "rowwise"})(torch.ones(2, NARROW)),
         "part of an input": lambda: parallelize_dual_lora(model(), own, {"up": "colwise"})(torch.ones(2, 6)),
         "prepare": lambda: parallelize_dual_lora(model(), own, {"up": "colwise"}).up.prepare(),  # type: ignore[union-attr, operator]
@@ -211,9 +214,18 @@ def verbs_of_peft() -> dict[str, Any]:
         own.add_adapter("other", own.peft_config["default"])  # type: ignore[operator, index, union-attr]
         own.set_adapter("other")  # type: ignore[operator]
         assert own(tokens()).logits.isfinite().all()
+        config = own.peft_config["default"]  # type: ignore[index, union-attr]
+        own.delete_adapter("default")  # type: ignore[operator]
+        own.delete_adapter("other")  # type: ignore[operator]
+        with whole.disable_adapter():  # type: ignore[operator]
+            base = own.base_model.model(tokens())  # type: ignore[operator, union-attr]
+            errors["without adapters"] = _error(base.logits, whole(tokens()).logits)
+        own.add_adapter("third", config)  # type: ignore[operator]
+        own.set_adapter("third")  # type: ignore[operator]
+        assert own(tokens()).logits.isfinite().all()
     said = {}
     for name, case in {
-        "mixed batch": lambda: own(tokens(), adapter_names=["other", "default"]),
+        "mixed batch": lambda: own(tokens(), adapter_names=["third", "third"]),
         "unload": own.merge_and_unload,
         "after DDP": lambda: peft_model(DistributedDataParallel(llama())),
     }.items():

@@ -136,6 +136,7 @@ MESSAGES = {
     "an activation": "TypeError: plan: got ColwiseParallel for 1, a GELU, expected it for linear layers and embeddings",
     "heads": "ValueError: mesh: got 2 processes, expected a number that divides num_key_value_heads, 3",
     "tp after fully_shard": "ValueError: model: got a model in the hands of fully_shard",
+    "by keyword": "TypeError: input: got it by keyword, expected it as the first argument",
     "whole input": "ValueError: input: got shape (2, 40), expected [..., 20], a 2th of in_features = 40",
     "part of an input": "ValueError: input: got shape (2, 6), expected [..., 24]",
     "prepare": "RuntimeError: weight is sharded (Shard(dim=0) over tp), so no copy can be kept",

@@ -15,7 +15,7 @@ from . import distributed_cases as cases
 from . import distributed_files as files
 from .processes import Failed, Processes
 
-SPREAD = ["ddp", "fsdp", "fsdp offload", "fsdp wrapped", "fsdp kept", "tp", "fsdp tp"]
+SPREAD = ["ddp", "fsdp", "fsdp offload", "fsdp wrapped", "fsdp wrapped layers", "fsdp kept", "tp", "fsdp tp"]
 
 
 @pytest.mark.parametrize("layout", SPREAD)
@@ -43,13 +43,19 @@ def test_four_processes_save_and_load(four: Processes, tmp_path: Path) -> None:
     four.run(files.load, "fsdp tp", tmp_path / "peft")
 
 
+@pytest.mark.parametrize("door", ["own", "peft"])
+def test_merging_what_a_call_left_gathered(two: Processes, door: str) -> None:
+    two.run(files.merge_after_a_call, door)
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp kept"])
 def test_what_a_call_left_gathered_is_saved_and_loaded(two: Processes, layout: str, tmp_path: Path) -> None:
     two.run(files.load_after_a_call, layout, tmp_path)
 
 
-def test_an_error_reaches_processes_of_other_meshes(four: Processes, tmp_path: Path) -> None:
-    for said in four.run(files.refuse_on_two_meshes, tmp_path):
+@pytest.mark.parametrize("kind", ["one within the other", "side by side"])
+def test_an_error_reaches_processes_of_other_meshes(four: Processes, kind: str, tmp_path: Path) -> None:
+    for said in four.run(files.refuse_on_two_meshes, tmp_path, kind):
         assert "expected one that an adapter can be written to" in said
 
 

@@ -33,6 +33,7 @@ from .processes import in_rank_0
 _logger = logging.getLogger("dual_lora_kernels")
 _NAME = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished"
+_OLD = f".old{_UNFINISHED}"
 
 
 def save_checkpoint(
@@ -111,8 +112,7 @@ def load_checkpoint(
         reason = next(iter(error.failures.values()), (error,))[0]
         raise ValueError(f"checkpoint: got {str(checkpoint)!r}, which does not fit: {reason}") from error
     if optimizer is not None:
-        with automatic_warmup.paused():
-            set_optimizer_state_dict(unwrapped(model), optimizer, state["optimizer"])
+        set_optimizer_state_dict(unwrapped(model), optimizer, state["optimizer"])
     own = _trained(model)
     for name, tensor in state["model"].items():
         copy_into(own[name], tensor)
@@ -139,8 +139,7 @@ def _state(
             )
     state: dict[str, Any] = {"model": {name: tensor.detach().clone() for name, tensor in trained.items()}}
     if optimizer is not None:
-        with automatic_warmup.paused():
-            state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
+        state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
     return state | {f"stateful.{name}": each for name, each in (stateful or {}).items()}
 
 
@@ -178,14 +177,19 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
+    """Make the folder, and remove what was not finished; a checkpoint that was about to be replaced is put back."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"step-*{_OLD}"):
+        before = old.with_suffix("").with_suffix("")
+        if not before.exists():
+            os.replace(old, before)
     for path in folder.glob(f"step-*{_UNFINISHED}"):
         shutil.rmtree(path)
 
 
 def _finish(unfinished: Path, target: Path, keep: int) -> None:
     if target.exists():  # a run that went back
-        os.replace(target, target.with_suffix(f".old{_UNFINISHED}"))
+        os.replace(target, target.with_suffix(_OLD))
     os.replace(unfinished, target)
     _clear(target.parent)
     for path in _finished(target.parent)[:-keep]:

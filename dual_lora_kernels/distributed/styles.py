@@ -67,11 +67,13 @@ class _DualLoraParallel(ParallelStyle):
             base.register_parameter(name, nn.Parameter(parts, requires_grad=parameter.requires_grad))
 
     def _prepare_input(self, args: tuple[Any, ...], mesh: DeviceMesh) -> tuple[Any, ...]:
-        """Say how a plain input is distributed; the layer does the rest."""
+        """Say how a plain input is distributed. The layer does the rest, and takes a plain one for what it wants."""
         wanted = Replicate() if self.dim == ROWS else Shard(-1)
-        if (
-            not args or is_sharded(args[0]) or self.input_layouts == wanted
-        ):  # the layer takes a plain one for what it wants
+        if self.input_layouts == wanted:
+            return args
+        if not args:
+            raise TypeError("input: got it by keyword, expected it as the first argument, as its layout is stated")
+        if is_sharded(args[0]):
             return args
         return DTensor.from_local(args[0], mesh, [self.input_layouts], run_check=False), *args[1:]
 
@@ -92,15 +94,6 @@ class DualLoraColwiseParallel(_DualLoraParallel):
 
     dim = ROWS
 
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-
 
 class DualLoraRowwiseParallel(_DualLoraParallel):
     """``RowwiseParallel`` for an adapted layer: W, A and C are split by columns, B, D and the bias are replicated.
@@ -109,15 +102,6 @@ class DualLoraRowwiseParallel(_DualLoraParallel):
     """
 
     dim = COLUMNS
-
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
 
 
 def parallelize_dual_lora(

@@ -17,7 +17,7 @@ from ..hooks import call_within_hooks, computing_device
 from ..peft_files import PEFT_PREFIX
 from ..quantised.weight import QuantisedWeight
 from ..sharding import check_gathered, copy_into, is_sharded
-from ..tensor_parallel import split_adapter
+from ..tensor_parallel import base_linear, split_adapter, split_of_weight
 from ..transformers_parallel import rules_of
 
 BASE = "__base__"
@@ -70,11 +70,10 @@ class Linear(nn.Module, DualLoraLayer):
         self.dual_adapter[adapter_name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         rules = rules_of(self.base_layer)
-        split = next((each.split() for each in self._every_adapter() if is_sharded(each.A)), None)
         if rules is not None:
             split_adapter(adapter, rules.split)
-        elif split is not None:
-            split_adapter(adapter, split)
+        elif self._is_split_by_itself():
+            split_adapter(adapter, split_of_weight(self.base_layer.weight, self.transposed))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     @torch.no_grad()
@@ -137,7 +136,10 @@ class Linear(nn.Module, DualLoraLayer):
     def _base(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x W0ᵀ + b."""
         if self._is_split_by_itself():
-            return self._every_adapter()[0].base_linear(input, self._oriented_weight(), self.base_layer.bias)
+            weight, bias = self._oriented_weight(), self.base_layer.bias
+            assert isinstance(weight, torch.Tensor), "quantised weights are not split"
+            own = self._every_adapter()
+            return own[0].base_linear(input, weight, bias) if own else base_linear(input, weight, bias)
         result: torch.Tensor = self.base_layer(input, *args, **kwargs)
         return result
 

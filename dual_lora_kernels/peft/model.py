@@ -21,6 +21,7 @@ from ..model import check_not_distributed
 from ..peft_files import PEFT_PREFIX
 from ..quantised.layers import is_quantised
 from ..quantised.models import dequantised_dtypes, forget_quantisation, report_compute_dtypes
+from ..sharding import reshard
 from ..targets import report_stacked_experts, why_not_suited
 from ..validation import check_dtype
 from .config import DualLoraConfig
@@ -127,6 +128,7 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError where one layer could not be merged, before any is."""
+        reshard(self.model)
         self._check_names(adapter_names)
         for layer in self._dual_lora_layers():
             with onload_layer(layer):
@@ -138,6 +140,11 @@ class DualLoraModel(BaseTuner):  # type: ignore[misc]  # mypy skips PEFT
         quantised = self._without_losses()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         _warn_of_losses(quantised)
+
+    def unmerge_adapter(self) -> None:
+        """As in PEFT."""
+        reshard(self.model)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,
