@@ -43,11 +43,12 @@ def dual_lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     reshard(model)
     state = adapter_tensors(model)
     for name, tensor in state.items():
-        _check_gathered(name, tensor)
+        check_tensor_gathered(name, tensor)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
-def _check_gathered(name: str, tensor: torch.Tensor) -> None:
+def check_tensor_gathered(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for a tensor of an adapter that an engine keeps in parts: see `check_gathered`."""
     check_gathered(f"model: {name}", tensor, 2 if name.rpartition(".")[2] in FACTOR_NAMES else None)
 
 
@@ -79,7 +80,7 @@ def adapter_of(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None =
     state = {name: given.get(name, tensor) for name, tensor in own.items()}
     keeps = is_first(state.values())
     for name, tensor in list(state.items()):
-        _check_gathered(name, tensor)
+        check_tensor_gathered(name, tensor)
         whole = full(tensor.detach())
         check_value("model", name, whole, whole.dtype)
         if not keeps:

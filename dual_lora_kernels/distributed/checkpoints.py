@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from .. import automatic_warmup
 from ..adapter import dual_lora_adapters, plain_name, unwrapped
-from ..adapter_state import saved_modules
+from ..adapter_state import SAVED_TENSORS, check_tensor_gathered, saved_modules
 from ..sharding import copy_into, reshard
 from ..validation import check_positive_int
 from .processes import in_rank_0
@@ -60,8 +60,9 @@ def save_checkpoint(
         keep: checkpoints left, this one included.
 
     Raises:
-        ValueError, TypeError: `step` or `keep` is no positive integer; nothing of `model` trains; `optimizer` holds
-            other parameters than the model's; one of `stateful` lacks a method.
+        ValueError, TypeError: `step` or `keep` is no positive integer; nothing of `model` trains; DeepSpeed's ZeRO-3 or
+            FSDP1 keeps it in parts, and has checkpoints of its own; `optimizer` holds other parameters than the
+            model's; one of `stateful` lacks a method.
         OSError: the folder cannot be written.
     """
     folder, step, keep = Path(folder), check_positive_int("step", step), check_positive_int("keep", keep)
@@ -118,7 +119,9 @@ def load_checkpoint(
         copy_into(own[name], tensor)
     for _, adapter in dual_lora_adapters(model):
         automatic_warmup.resume(adapter)
-    return int(match.group(1))
+    step = int(match.group(1))
+    _logger.info("loaded step %d from %s", step, checkpoint)
+    return step
 
 
 def _state(
@@ -147,13 +150,17 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """What of a model trains, its adapters, and modules saved whole, by name."""
     inner = unwrapped(model)
     reshard(inner)
-    state = {plain_name(name): parameter for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    state: dict[str, torch.Tensor] = {
+        plain_name(name): parameter for name, parameter in inner.named_parameters() if parameter.requires_grad
+    }
     for name, module in saved_modules(inner):
         state |= {f"{name}.{plain_name(key)}": tensor for key, tensor in module.state_dict(keep_vars=True).items()}
     for prefix, adapter in dual_lora_adapters(inner):
-        own = {"A": adapter.A, "B": adapter.B, "C": adapter.C, "D": adapter.D, "scale": adapter.scale}
-        state |= {f"{prefix}.{name}".lstrip("."): tensor for name, tensor in own.items()}  # type: ignore[misc]
-    return state  # type: ignore[return-value]
+        for tensor_name in SAVED_TENSORS:
+            state[f"{prefix}.{tensor_name}".lstrip(".")] = getattr(adapter, tensor_name)
+    for name, tensor in state.items():
+        check_tensor_gathered(name, tensor)
+    return state
 
 
 def _check_fits(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
