@@ -107,6 +107,7 @@ def load_checkpoint(
         raise ValueError(f"checkpoint: got {str(checkpoint)!r}, expected a folder that save_checkpoint has finished")
     state = _state(model, optimizer, stateful)
     _check_fits(checkpoint, state["model"])
+    state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}  # loading may fail
     try:
         load(state, checkpoint_id=str(checkpoint))
     except CheckpointException as error:
@@ -140,7 +141,7 @@ def _state(
                 "optimizer: got one with other parameters than the model's, expected one that was made after the model "
                 "was adapted and spread"
             )
-    state: dict[str, Any] = {"model": {name: tensor.detach().clone() for name, tensor in trained.items()}}
+    state: dict[str, Any] = {"model": {name: tensor.detach() for name, tensor in trained.items()}}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(unwrapped(model), optimizer)
     return state | {f"stateful.{name}": each for name, each in (stateful or {}).items()}

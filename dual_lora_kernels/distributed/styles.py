@@ -20,7 +20,6 @@ from torch.distributed.tensor.parallel import (
 from ..adapter import DualLoraAdapter, dual_lora_adapters
 from ..linear import DualLoraLinear
 from ..model import check_not_distributed
-from ..quantised_linear import QuantisedDualLoraLinear
 from ..sharding import is_sharded
 from ..tensor_parallel import COLUMNS, ROWS, Split, check_divides, split_adapter
 
@@ -203,8 +202,6 @@ def _suited(name: str, module: nn.Module, style: ParallelStyle, mesh: DeviceMesh
 
 def why_not_parallel(module: nn.Module) -> str | None:
     """Why a module cannot be split by the styles of this file; None if it can."""
-    if isinstance(module, QuantisedDualLoraLinear):
-        return "its weight is quantised, whose blocks tensor parallelism would cut"
     if not isinstance(module, DualLoraLinear) and not hasattr(module, "dual_adapter"):
         return "it is no adapted layer itself"
     base, adapters = parts_of(module)
