@@ -56,6 +56,9 @@ def parameter_gradients(
 ) -> None:
     """`panels.parameter_gradients`, rows of H shared. Of A and C every share but the first sums its own part."""
     parts, settings = _parts(grad, block.shape[0], backend, settings)
+    if len(parts) == 1:
+        panels.parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
+        return
     own = [gradients, *(gradients.apart() for _ in parts[1:])]
 
     def share(start: int, stop: int, targets: ParameterGradients) -> None:
