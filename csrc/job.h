@@ -36,9 +36,11 @@ struct FourBit {
   Dtype dtype = Dtype::float32;
 };
 
+// In the gradients of B and D column j counts `column_weights[j]` times, or once where that is null.
 struct Factors {
   Matrix A, B, C, D;
   double scale;
+  const float* column_weights = nullptr;
 };
 
 // A rectangle of the block that a job is about.

@@ -298,10 +298,14 @@ void sweep(const WeightJob& weight_part, const Tensor& h, const OptionalTensor* 
   }
 }
 
-void factor_gradients(const Tensor& h, const Tensors& tensors, const std::vector<OptionalTensor>& gradients,
-                      int64_t estimator, double clip_bound, int64_t workspace) {
+void factor_gradients(const Tensor& h, const Tensors& tensors, const OptionalTensor& column_weights,
+                      const std::vector<OptionalTensor>& gradients, int64_t estimator, double clip_bound,
+                      int64_t workspace) {
   WeightJob no_weight = {};
   no_weight.factors = factors_of(tensors);
+  if (column_weights.has_value())
+    no_weight.factors.column_weights =
+        elements<float>(*column_weights, "column_weights", ScalarType::Float, no_weight.factors.A.cols);
   STD_TORCH_CHECK(gradients.size() == 4, "gradients: got ", gradients.size(), ", expected those of A, B, C and D");
   sweep(no_weight, h, gradients.data(), {static_cast<Estimator>(estimator), clip_bound}, workspace);
 }
@@ -359,8 +363,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dual_lora_kernels, m) {
       "cpu_effective_weight(Tensor(a!) out, Tensor[] weight, int[] layout, Tensor[] factors, ScalarType grid, "
       "int[]? dither) -> ()");
   m.def(
-      "cpu_factor_gradients(Tensor h, Tensor[] factors, Tensor(a!)?[] gradients, int estimator, float clip_bound, "
-      "int workspace) -> ()");
+      "cpu_factor_gradients(Tensor h, Tensor[] factors, Tensor? column_weights, Tensor(a!)?[] gradients, "
+      "int estimator, float clip_bound, int workspace) -> ()");
   // results: W, then the gradients of A, B, C and D.
   m.def(
       "cpu_weight_and_factor_gradients(Tensor(a!)?[] results, Tensor[] weight, int[] layout, Tensor h, "

@@ -21,8 +21,8 @@ class PackedFactors {
 
   // Packs the columns of one strip.
   void pack_strip(int64_t strip) const {
-    pack_strip(strip, factors_.A, packed_.magnitude);
-    pack_strip(strip, factors_.C, packed_.direction);
+    pack_strip(strip, factors_.A, packed_.magnitude, factors_.column_weights);
+    pack_strip(strip, factors_.C, packed_.direction, factors_.column_weights);
   }
 
   // Packs one block of rows.
@@ -46,22 +46,31 @@ class PackedFactors {
     return pair;
   }
 
-  static void pack_strip(int64_t strip, const Matrix& matrix, const PackedPair& packed) {
+  // Weights are for the contraction alone: P and Q are those of every other call.
+  static void pack_strip(int64_t strip, const Matrix& matrix, const PackedPair& packed, const float* weights) {
     const int64_t col = strip * kUnitCols, cols = smaller(kUnitCols, matrix.cols - col),
                   rank = padded_rank(matrix.rows);
     const int64_t padded = padded_cols<V>(cols);
     const Pair<T> to = pair(matrix.rows, packed, 0, col);
     load_block<V>(at(matrix, 0, col), matrix.rows, cols, to.down, kStride, padded);
     for (int64_t i = matrix.rows * kStride; i < rank * kStride; ++i) to.down[i] = 0;
-    if (to.down_t != nullptr)
+    if (to.down_t != nullptr) {
       for (int64_t start = 0; start < padded; start += V::lanes)
         for (int64_t r = 0; r < rank; ++r)
           for (int64_t j = start; j < start + V::lanes; ++j) to.down_t[j * rank + r] = to.down[r * kStride + j];
+      if (weights != nullptr)
+        for (int64_t j = 0; j < cols; ++j)
+          for (int64_t r = 0; r < rank; ++r) to.down_t[j * rank + r] *= weights[col + j];
+    }
     if constexpr (kHasPairs && std::is_same_v<V, F32>) {
       uint16_t rounded[kUnitCols];
       if (to.down_pairs != nullptr)
         for (int64_t r = 0; r < rank; ++r) {
-          for (int64_t j = 0; j < padded; j += V::lanes) store_nearest(V::load(to.down + r * kStride + j), rounded + j);
+          T line[kUnitCols];
+          for (int64_t j = 0; j < padded; ++j) line[j] = to.down[r * kStride + j];
+          if (weights != nullptr)
+            for (int64_t j = 0; j < cols; ++j) line[j] *= weights[col + j];
+          for (int64_t j = 0; j < padded; j += V::lanes) store_nearest(V::load(line + j), rounded + j);
           for (int64_t j = 0; j < padded; ++j) to.down_pairs[j / 2 * 2 * rank + 2 * r + j % 2] = rounded[j];
         }
     }

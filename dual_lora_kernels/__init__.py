@@ -9,11 +9,12 @@ from ._logging import set_up
 from .adapter_state import dual_lora_state_dict
 from .backends import available_backends
 from .checkpoint import load_dual_lora, load_dual_lora_state_dict, save_dual_lora
+from .column_sampling import draw_columns
 from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
 from .merging import dual_lora_merge_, dual_lora_merged
-from .model import apply_dual_lora, disable_adapter, merge_dual_lora, prepared
+from .model import apply_dual_lora, disable_adapter, merge_dual_lora, prepared, set_gradient_columns
 from .parameter_groups import create_dual_lora_optimizer, dual_lora_parameter_groups
 from .quantised.layers import quantised_weight
 from .quantised.weight import QuantisedWeight
@@ -42,6 +43,7 @@ __all__ = [
     "available_backends",
     "create_dual_lora_optimizer",
     "disable_adapter",
+    "draw_columns",
     "dual_lora_delta",
     "dual_lora_linear",
     "dual_lora_merge_",
@@ -55,6 +57,7 @@ __all__ = [
     "quantised_weight",
     "save_dual_lora",
     "set_default_backend",
+    "set_gradient_columns",
     "set_strategy",
     "set_workspace_bytes",
     "settings",

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import automatic_warmup, tensor_parallel
+from .column_sampling import draw_columns
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_, dual_lora_merged
 from .quantised.weight import QuantisedWeight
@@ -24,6 +25,7 @@ from .tensor_parallel import FourFactors
 from .validation import (
     LARGEST_SCALE,
     check_dtype,
+    check_fraction,
     check_hyperparameters,
     check_number,
     check_positive_int,
@@ -58,6 +60,7 @@ class DualLoraAdapter(nn.Module):
     C: nn.Parameter
     D: nn.Parameter
     scale: torch.Tensor
+    _gradient_columns = 1.0
     warmup_steps = 0
     warmup_left = 0
     warmup_waits = False
@@ -75,6 +78,7 @@ class DualLoraAdapter(nn.Module):
         ste: str,
         rounding: str,
         clip_bound: float,
+        gradient_columns: float,
         device: torch.device | str | None,
         adapter_dtype: torch.dtype,
     ) -> None:
@@ -82,11 +86,12 @@ class DualLoraAdapter(nn.Module):
         check_dtype("adapter_dtype", adapter_dtype)
         check_hyperparameters(
             r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std,
-            ste=ste, clip_bound=clip_bound, rounding=rounding,
+            ste=ste, clip_bound=clip_bound, rounding=rounding, gradient_columns=gradient_columns,
         )  # fmt: skip
         self.in_features, self.out_features = in_features, out_features
         self.r1, self.r2, self.alpha, self.init_std = int(r1), int(r2), float(alpha), float(init_std)
         self.ste, self.rounding, self.clip_bound = ste, rounding, float(clip_bound)
+        self.gradient_columns = gradient_columns
         self.dropout = nn.Dropout(float(dropout))
         for name, shape in factor_shapes(in_features, out_features, r1, r2).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=adapter_dtype)))
@@ -96,6 +101,18 @@ class DualLoraAdapter(nn.Module):
     def full_scale(self) -> float:
         """alpha / √(r1·r2), where warm-up ends."""
         return self.alpha / math.sqrt(self.r1 * self.r2)
+
+    @property
+    def gradient_columns(self) -> float:
+        """The part of H's columns from which the factors' gradients are estimated in training mode; 1: all, exactly.
+
+        It can be changed at any time, to 1 for the last steps, say. ValueError unless it is above 0, and 1 at most.
+        """
+        return self._gradient_columns
+
+    @gradient_columns.setter
+    def gradient_columns(self, fraction: float) -> None:
+        self._gradient_columns = check_fraction("gradient_columns", fraction)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -159,9 +176,13 @@ class DualLoraAdapter(nn.Module):
     def _linear(
         self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
+        # Whether gradients are enabled does not matter: a recomputed forward pass draws what the first one has drawn.
+        fraction = self.gradient_columns if self.training and self.trains() else 1.0
         if is_sharded(self.A):
-            return tensor_parallel.linear(self._product, input, weight, self.factors(), bias)  # type: ignore[arg-type]
-        return self._product(input, weight, self.factors(), bias)
+            compute, factors = self._product, self.factors()
+            return tensor_parallel.linear(compute, input, weight, factors, bias, fraction)  # type: ignore[arg-type]
+        draws = None if fraction == 1 else draw_columns(self.in_features, fraction, self.A.device)
+        return self._product(input, weight, self.factors(), bias, draws=draws)
 
     def _product(
         self,
@@ -170,6 +191,7 @@ class DualLoraAdapter(nn.Module):
         factors: FourFactors,
         bias: torch.Tensor | None,
         origin: tuple[int, int] = (0, 0),
+        draws: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # FSDP's buffer_dtype and the like write buffers without asking the module.
         scale = self.scale
@@ -177,7 +199,7 @@ class DualLoraAdapter(nn.Module):
             scale = scale.to(torch.float32)
         return dual_lora_linear(
             input, weight, *factors, scale, bias,
-            ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound, origin=origin,
+            ste=self.ste, rounding=self.rounding, clip_bound=self.clip_bound, origin=origin, draws=draws,
         )  # fmt: skip
 
     def delta_weight(self) -> torch.Tensor:

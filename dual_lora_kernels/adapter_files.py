@@ -25,6 +25,8 @@ SETTINGS_KEY = "dual_lora_config"
 """Where the safetensors file's metadata has the settings, as the same text that the JSON file has."""
 _FORMAT = 1
 _OPTIONS = ("r1", "r2", "alpha", "init_std", "ste", "rounding", "clip_bound", "dropout", "adapter_dtype")
+_LATER = {"gradient_columns": 1.0}
+"""Options that earlier versions do not know, and their values there: files have only those with other values."""
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SUPPORTED_DTYPES}
 
 
@@ -39,7 +41,8 @@ class Adapter(NamedTuple):
 
 def layer_config(layer: DualLoraLinear) -> DualLoraConfig:
     """A layer's settings. Raises ValueError or TypeError where an attribute was set to what cannot be."""
-    options = {name: getattr(layer, name) for name in _OPTIONS if name not in ("dropout", "adapter_dtype")}
+    names = (*_OPTIONS, *_LATER)
+    options = {name: getattr(layer, name) for name in names if name not in ("dropout", "adapter_dtype")}
     return DualLoraConfig(**options, dropout=float(layer.dropout.p), adapter_dtype=layer.A.dtype)
 
 
@@ -107,12 +110,14 @@ def _in_order(data: bytes) -> bytes:
 
 
 def _settings_text(configs: Mapping[str, DualLoraConfig], modules_to_save: tuple[str, ...]) -> str:
-    layers = {
-        name: config.layer_options() | {"adapter_dtype": str(config.adapter_dtype).removeprefix("torch.")}
-        for name, config in configs.items()
-    }
+    layers = {name: _settings_of(config) for name, config in configs.items()}
     modules = {"modules_to_save": list(modules_to_save)} if modules_to_save else {}
     return json.dumps({"format": _FORMAT, **modules, "layers": layers}, indent=2) + "\n"
+
+
+def _settings_of(config: DualLoraConfig) -> dict[str, Any]:
+    options = config.layer_options() | {"adapter_dtype": str(config.adapter_dtype).removeprefix("torch.")}
+    return {name: value for name, value in options.items() if name not in _LATER or value != _LATER[name]}
 
 
 def _settings(file: Path, text: str | bytes) -> tuple[dict[str, DualLoraConfig], tuple[str, ...]]:
@@ -132,7 +137,7 @@ def _settings(file: Path, text: str | bytes) -> tuple[dict[str, DualLoraConfig],
 
 
 def _config(name: str, layer: dict[str, Any]) -> DualLoraConfig:
-    if layer.keys() != set(_OPTIONS):
+    if layer.keys() - _LATER != set(_OPTIONS):
         raise ValueError(f"{name} has the settings {sorted(layer)}, expected {sorted(_OPTIONS)}")
     if layer["adapter_dtype"] not in _DTYPES:
         raise ValueError(f"adapter_dtype: got {layer['adapter_dtype']!r}, expected one of {', '.join(_DTYPES)}")

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import panels, passes
+from . import panels, passes, sampled_gradients
 from .backends import Backend, Block, Estimator, Factors, ParameterGradients, Settings, base_of, resolve_backend
+from .column_sampling import choose
 from .precision import accumulation_dtype
 from .quantised.weight import QuantisedWeight
 from .validation import check_scale_value
@@ -82,10 +83,12 @@ def gradients(
     factors: Sequence[torch.Tensor],
     wanted: Sequence[bool],
     estimator: Estimator,
+    draws: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """The gradients of those of (input, A, B, C, D, weight) that `wanted` marks, in that order, from G [M, N].
 
-    ∂X [M, K] comes in G's dtype, the parameters' in theirs. `input` may be None where only ∂X is wanted.
+    ∂X [M, K] comes in G's dtype, the parameters' in theirs. `input` may be None where only ∂X is wanted. With `draws`
+    [n] the factors' are estimated from as many columns of H, unless ∂W0 is wanted, for which H is computed anyway.
     """
     block = call.block(weight, factors, grad.dtype)
     dtype = block.factors.A.dtype
@@ -95,7 +98,12 @@ def gradients(
     grad, rows = _dense(grad), None if input is None else _dense(input)
     shared = call.backend.shared_products
     grad_input: torch.Tensor | None
-    if call.is_whole and shared is not None and rows is not None and wanted[0] and any(wanted[1:5]):
+    if draws is not None and rows is not None and grad_weight is None and targets.factors_wanted:
+        grad_input = passes.gradients(grad, None, wanted[0], block, estimator, targets, call.backend, call.settings)
+        sampled_gradients.parameter_gradients(
+            grad, rows, block, estimator, targets, choose(rows, draws), call.backend, call.settings
+        )
+    elif call.is_whole and shared is not None and rows is not None and wanted[0] and any(wanted[1:5]):
         grad_input = panels.whole_gradients(grad, rows, block, estimator, targets, shared, call.settings)
     else:
         grad_input = passes.gradients(grad, rows, wanted[0], block, estimator, targets, call.backend, call.settings)

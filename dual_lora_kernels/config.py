@@ -29,7 +29,8 @@ class DualLoraConfig:
         modules_to_save: names, as in a list of targets, of modules that are trained whole, in place, and saved with the
             adapter. None: the head of a transformers model that is a backbone with a new head on it (for classification
             and the like, not a language model's); the log names it. ``()``: none.
-        r1, r2, alpha, dropout, init_std, ste, rounding, clip_bound, adapter_dtype: see `DualLoraLinear`.
+        r1, r2, alpha, dropout, init_std, ste, rounding, clip_bound, gradient_columns, adapter_dtype: see
+            `DualLoraLinear`.
 
     Raises:
         ValueError, TypeError: a field is out of range; the message names it.
@@ -46,6 +47,7 @@ class DualLoraConfig:
     ste: str = "clip"
     rounding: str = "dither"
     clip_bound: float = 1.0
+    gradient_columns: float = 1.0
     adapter_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class DualLoraConfig:
         check_hyperparameters(**options)
         for name in ("r1", "r2"):
             object.__setattr__(self, name, int(options[name]))
-        for name in ("alpha", "dropout", "init_std", "clip_bound"):
+        for name in ("alpha", "dropout", "init_std", "clip_bound", "gradient_columns"):
             object.__setattr__(self, name, float(options[name]))
         if adapter_dtype is not None:
             check_dtype("adapter_dtype", adapter_dtype)
@@ -82,7 +84,10 @@ class DualLoraConfig:
 
     def layer_options(self) -> dict[str, Any]:
         """The keyword arguments of `DualLoraLinear.from_linear`."""
-        names = ("r1", "r2", "alpha", "dropout", "init_std", "ste", "rounding", "clip_bound", "adapter_dtype")
+        names = (
+            "r1", "r2", "alpha", "dropout", "init_std", "ste", "rounding", "clip_bound", "gradient_columns",
+            "adapter_dtype",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
 

@@ -19,6 +19,7 @@ from .validation import (
     ROUNDINGS,
     as_scale_tensor,
     check_choice,
+    check_draws,
     check_dtype,
     check_estimator,
     check_factors,
@@ -53,11 +54,12 @@ class DualLoraFunction(torch.autograd.Function):
         options: Options,
         call: Call | None,
         layout: str,
+        draws: torch.Tensor | None,
         *quantised: torch.Tensor,
     ) -> torch.Tensor:
         # The input is needed for parameters' gradients only; nobody should pay for keeping it otherwise.
         kept_input = input if any(ctx.needs_input_grad[1:6]) else None
-        ctx.save_for_backward(kept_input, weight, A, B, C, D, scale, *quantised)
+        ctx.save_for_backward(kept_input, weight, draws, A, B, C, D, scale, *quantised)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.estimator, ctx.options, ctx.call, ctx.layout = estimator, options, call, layout
         stored = quantised if layout or weight is None else (weight,)
@@ -65,7 +67,7 @@ class DualLoraFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        input, weight, *others = ctx.saved_tensors
+        input, weight, draws, *others = ctx.saved_tensors
         factors, quantised = others[:5], others[5:]
         stored = quantised if ctx.layout or weight is None else (weight,)
         needs = ctx.needs_input_grad
@@ -73,16 +75,18 @@ class DualLoraFunction(torch.autograd.Function):
         wanted = [needs[0], *needs[2:6], needs[1]]
         if any(wanted):
             if ctx.call is None or _is_observed() or torch.is_grad_enabled() or _autocasts(grad):
-                results = _ops.gradients(grad, input, stored, ctx.layout, factors, wanted, *ctx.estimator, *ctx.options)
+                results = _ops.gradients(
+                    grad, input, stored, ctx.layout, factors, wanted, *ctx.estimator, draws, *ctx.options
+                )
             else:
                 results = calls.gradients(
-                    ctx.call, grad, input, whole(stored, ctx.layout), factors, wanted, ctx.estimator
+                    ctx.call, grad, input, whole(stored, ctx.layout), factors, wanted, ctx.estimator, draws
                 )
             computed = iter(results)
             grads = [next(computed) if want else None for want in wanted]
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if needs[6] else None
         grad_input, grad_A, grad_B, grad_C, grad_D, grad_weight = grads
-        constants = [None] * (5 + len(quantised))
+        constants = [None] * (6 + len(quantised))
         return grad_input, grad_weight, grad_A, grad_B, grad_C, grad_D, grad_bias, *constants
 
 
@@ -146,6 +150,7 @@ def dual_lora_linear(
     backend: str | None = None,
     clip_bound: float = 1.0,
     origin: tuple[int, int] = (0, 0),
+    draws: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear layer with a Dual LoRA update: ``input @ round(weight + ΔW).T + bias`` (arXiv 2512.03402, section 3.1).
 
@@ -169,6 +174,10 @@ def dual_lora_linear(
         clip_bound: bound of ``ste="clip"``; 1 in the paper. A loss scaled by a GradScaler is clipped scaled.
         origin: (row, column) of this weight's first element in the full weight, where it is a shard of one. The dither
             and the order of additions depend on it, so a shard's W has the full weight's bits.
+        draws: int64 [n] from `draw_columns`: the factors' gradients are estimated, without bias, from n columns of Gᵀ X
+            that are chosen by these random numbers, with chances as the norms of the input's columns. Gradients of the
+            other columns of A and C are zero. None: from all columns, exactly. Output and input gradient are exact
+            either way, and so is everything where the weight itself gets a gradient.
 
     Returns:
         [..., out_features] in the compute dtype. Differentiable once with respect to every tensor but `scale`.
@@ -195,13 +204,13 @@ def dual_lora_linear(
     backend = default_backend() if backend is None else backend
     tensors = (input, weight, A, B, C, D, bias)
     if torch.compiler.is_compiling():
-        checked, call = _check(*tensors, ste, rounding, backend, clip_bound, origin), None
+        checked, call = _check(*tensors, draws, ste, rounding, backend, clip_bound, origin), None
         scale = as_scale_tensor(scale, A)
     else:
         if type(scale) is not torch.Tensor:
             check_tensor("A", A)
             scale = as_scale_tensor(scale, A)
-        checked = _remembered(*tensors, scale, ste, rounding, backend, clip_bound, origin)
+        checked = _remembered(*tensors, draws, scale, ste, rounding, backend, clip_bound, origin)
         call = None if _is_observed() or _autocasts(input) else checked.call
     rows = input if call is not None else input.to(compute_dtype(input))
     if rows.dim() != 2:
@@ -210,8 +219,9 @@ def dual_lora_linear(
     differentiable = (rows, None if isinstance(weight, QuantisedWeight) else weight, A, B, C, D, bias)
     out: torch.Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        quantised = stored if layout else ()
         out = DualLoraFunction.apply(
-            *differentiable, scale, checked.estimator, checked.options, call, layout, *(stored if layout else ())
+            *differentiable, scale, checked.estimator, checked.options, call, layout, draws, *quantised
         )
     else:
         out = _linear(call, checked.options, rows, stored, layout, (A, B, C, D, scale), bias)
@@ -226,6 +236,7 @@ def _remembered(
     C: torch.Tensor,
     D: torch.Tensor,
     bias: torch.Tensor | None,
+    draws: torch.Tensor | None,
     scale: torch.Tensor,
     ste: str,
     rounding: str,
@@ -242,13 +253,13 @@ def _remembered(
             ste, rounding, backend, clip_bound, type(clip_bound), origin, current_settings(),
             _metadata(input), _metadata(A), _metadata(B), _metadata(C), _metadata(D),
             None if weight is None else _weight_metadata(weight), None if bias is None else _metadata(bias),
-            _metadata(scale), scale.requires_grad,
+            None if draws is None else _metadata(draws), _metadata(scale), scale.requires_grad,
         )  # fmt: skip
         known = _checked.get(key)
     except (AttributeError, RuntimeError, TypeError):  # what is no dense tensor, or no setting: the checks say which
         key, known = (), None
     if known is None:
-        known = _check(input, weight, A, B, C, D, bias, ste, rounding, backend, clip_bound, origin)
+        known = _check(input, weight, A, B, C, D, bias, draws, ste, rounding, backend, clip_bound, origin)
         as_scale_tensor(scale, A)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
@@ -272,6 +283,7 @@ def _check(
     C: torch.Tensor,
     D: torch.Tensor,
     bias: torch.Tensor | None,
+    draws: torch.Tensor | None,
     ste: str,
     rounding: str,
     backend: str,
@@ -302,8 +314,10 @@ def _check(
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [out_features] = [{out_features}], from B")
         if bias.device != A.device:
             raise ValueError(f"bias.device: got {bias.device}, expected {A.device}, where A is")
+    if draws is not None:
+        check_draws(draws, A)
     options = Options(rounding, *origin, backend, *current_settings())
-    tensors = (input, A, B, C, D, bias, *parts(weight)[0])
+    tensors = (input, A, B, C, D, bias, draws, *parts(weight)[0])
     plain = all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
     call = None
     if plain and not torch.compiler.is_compiling() and A.device.type != "meta":

@@ -37,6 +37,8 @@ class DualLoraLinear(DualLoraAdapter):
             update are two products, since they no longer share their input.
         init_std: standard deviation of the factors' initial values.
         ste, clip_bound, rounding: see `dual_lora_linear`.
+        gradient_columns: the part of Gᵀ X's columns from which the factors' gradients are estimated in training mode,
+            a new sample in every call. 1: all, exactly. It can be changed later.
         device, dtype: of the base weight and bias.
         adapter_dtype: of the factors; default fp32 on a bf16 or fp16 base, else the base's dtype.
 
@@ -71,6 +73,7 @@ class DualLoraLinear(DualLoraAdapter):
         ste: str = "clip",
         rounding: str = "dither",
         clip_bound: float = 1.0,
+        gradient_columns: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
@@ -81,7 +84,7 @@ class DualLoraLinear(DualLoraAdapter):
         check_dtype("dtype", dtype)
         super().__init__(
             in_features, out_features, r1=r1, r2=r2, alpha=alpha, dropout=dropout, init_std=init_std, ste=ste,
-            rounding=rounding, clip_bound=clip_bound, device=device,
+            rounding=rounding, clip_bound=clip_bound, gradient_columns=gradient_columns, device=device,
             adapter_dtype=default_adapter_dtype(dtype) if adapter_dtype is None else adapter_dtype,
         )  # fmt: skip
         self.transposed = False
@@ -99,8 +102,8 @@ class DualLoraLinear(DualLoraAdapter):
         """Adapt an ``nn.Linear`` or transformers' Conv1D, sharing its weight and bias (no copy) and freezing them.
 
         Of a layer that `quantised_weight` reads, it makes a `QuantisedDualLoraLinear`. `options`: the constructor's
-        keywords from r1 to clip_bound, and adapter_dtype. Raises ValueError where the module is no adaptable linear
-        layer, with the reason.
+        keywords from r1 to gradient_columns, and adapter_dtype. Raises ValueError where the module is no adaptable
+        linear layer, with the reason.
         """
         reason = why_not_adaptable(linear)
         if reason is not None:

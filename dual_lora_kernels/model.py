@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .adaptable import is_linear, linear_features
-from .adapter import unwrapped
+from .adapter import dual_lora_adapters, unwrapped
 from .adapter_state import mark_as_saved, saved_modules
 from .config import ALL_LINEAR, DualLoraConfig
 from .hooks import move_hook
@@ -24,7 +24,7 @@ from .quantised.models import dequantised_dtypes, forget_quantisation, let_train
 from .quantised_linear import QuantisedDualLoraLinear
 from .sharding import described, is_sharded, reshard
 from .targets import find_targets, find_whole, report_stacked_experts, shared_weights
-from .validation import check_dtype
+from .validation import check_dtype, check_fraction
 
 _logger = logging.getLogger("dual_lora_kernels")
 
@@ -113,6 +113,20 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         if id(module) in new:
             parent, _, last = name.rpartition(".")
             setattr(inner.get_submodule(parent), last, new[id(module)])
+
+
+def set_gradient_columns(model: nn.Module, fraction: float) -> None:
+    """Estimate the factors' gradients from this part of the columns, in every Dual LoRA layer of either door.
+
+    With 1 they are exact: for the last steps of a run, say. Raises ValueError or TypeError unless 0 < `fraction` <= 1,
+    and ValueError where the model has no Dual LoRA layers.
+    """
+    fraction = check_fraction("fraction", fraction)
+    adapters = [adapter for _, adapter in dual_lora_adapters(model)]
+    if not adapters:
+        raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
+    for adapter in adapters:
+        adapter.gradient_columns = fraction
 
 
 def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

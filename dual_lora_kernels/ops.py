@@ -29,7 +29,7 @@ _library.define(
 )
 _library.define(
     "gradients(Tensor grad, Tensor? input, Tensor[] weight, str layout, Tensor[] factors, bool[] wanted, str ste, "
-    f"float clip_bound, {_OPTIONS}) -> Tensor[]"
+    f"float clip_bound, Tensor? draws, {_OPTIONS}) -> Tensor[]"
 )
 _library.define(f"merge_(Tensor(a!) weight, Tensor[] factors, {_OPTIONS}) -> ()")
 
@@ -104,11 +104,13 @@ def gradients_kernel(
     wanted: Sequence[bool],
     ste: str,
     clip_bound: float,
+    draws: torch.Tensor | None,
     *options: Any,
 ) -> list[torch.Tensor]:
     """`calls.gradients`."""
     call = Options(*options).resolve(grad.device, grad.dtype, factors[0].dtype)
-    return calls.gradients(call, grad, input, whole(weight, layout), factors, wanted, Estimator(ste, clip_bound))
+    estimator = Estimator(ste, clip_bound)
+    return calls.gradients(call, grad, input, whole(weight, layout), factors, wanted, estimator, draws)
 
 
 @_fake("gradients")

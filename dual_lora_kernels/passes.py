@@ -70,7 +70,7 @@ def parameter_gradients(
     if fused is None:
         return shared_work.parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
     try:
-        return fused.token_product(grad, x, block.factors, estimator, gradients, settings)
+        return fused.token_product(grad, x, block, estimator, gradients, settings)
     except DoesNotFit:
         return parameter_gradients(grad, x, block, estimator, gradients, backend, settings)
 

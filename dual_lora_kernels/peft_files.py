@@ -26,7 +26,7 @@ PEFT_NAME = "DUAL_LORA"
 PEFT_PREFIX = "dual_adapter"
 """What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
 _BASE = "base_model.model."
-_SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound")
+_SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound", "gradient_columns")
 """Options that PEFT's format has once for all layers."""
 
 
@@ -72,7 +72,8 @@ def _adapter(settings: Mapping[str, Any], saved: Mapping[str, torch.Tensor]) -> 
             r2=len(state[f"{layer}.C"]),
             alpha=alpha_for(layer, settings["alpha"], settings.get("alpha_pattern")),
             adapter_dtype=state[f"{layer}.A"].dtype,
-            **{option: settings[option] for option in _SHARED},
+            **{option: settings[option] for option in _SHARED if option != "gradient_columns"},
+            gradient_columns=settings.get("gradient_columns", 1.0),  # earlier versions have none
         )
     return Adapter(configs, state, tuple(sorted(whole)))
 

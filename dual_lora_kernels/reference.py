@@ -164,14 +164,18 @@ def linear_gradients(
     ste: str = "clip",
     rounding: str = "dither",
     clip_bound: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> Gradients:
     """The layer's gradients by explicit formulas, for G = `grad` [M, N] and X = `input` [M, K].
 
-    The factors' gradients accumulate in fp32 (fp64 for fp64) and come back in the factors' dtype.
+    The factors' gradients accumulate in fp32 (fp64 for fp64) and come back in the factors' dtype. With `weights` [K],
+    zeros mostly, they are estimates: column k of ∂P and ∂Q, exact and clipped, counts `weights[k]` times.
     """
     h = grad.t().to(accumulation_dtype(grad.dtype)) @ input.to(accumulation_dtype(input.dtype))
     grad_p, grad_q = product_gradients(h, rank_product(B, A), rank_product(D, C), scale, ste, clip_bound)
     wide = grad_p.dtype
+    if weights is not None:
+        grad_p, grad_q = grad_p * weights.to(wide), grad_q * weights.to(wide)
     return Gradients(
         input=grad @ effective_weight(weight, A, B, C, D, scale, input.dtype, rounding),
         weight=h.to(h.dtype if weight is None else weight.dtype),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from .column_sampling import draw_columns
 from .sharding import described, is_sharded
 
 if TYPE_CHECKING:
@@ -107,12 +108,14 @@ def linear(
     weight: torch.Tensor | None,
     factors: FourFactors,
     bias: torch.Tensor | None,
+    fraction: float = 1.0,
 ) -> torch.Tensor:
     """The layer on this process's block: a DTensor, split by its last dimension or of partial sums.
 
-    `compute(input, weight, factors, bias, origin)` does so with plain tensors. `input` is a DTensor, or a plain tensor:
-    the whole one for a layer split by rows, this process's part for one split by columns. Raises ValueError where
-    input, weight or bias are not distributed as the factors need.
+    `compute(input, weight, factors, bias, origin)` does so with plain tensors. With a `fraction` below 1, it also gets
+    random numbers by which to sample the block's columns, on which all processes agree. `input` is a DTensor, or a
+    plain tensor: the whole one for a layer split by rows, this process's part for one split by columns. Raises
+    ValueError where input, weight or bias are not distributed as the factors need.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -135,7 +138,8 @@ def linear(
         origin = 0, first * A.shape[1]
     if bias is not None:
         bias = _local(bias) if dim == ROWS else _added_once(bias, mesh)
-    y = compute(x, None if weight is None else _local(weight), (A, B, C, D), bias, origin)
+    draws = () if fraction == 1 else (_common_draws(A, fraction, mesh),)
+    y = compute(x, None if weight is None else _local(weight), (A, B, C, D), bias, origin, *draws)
     return DTensor.from_local(y, mesh, [Shard(-1) if dim == ROWS else Partial()], run_check=False)
 
 
@@ -163,6 +167,18 @@ class _Replicated(torch.autograd.Function):
             else None
             for grad, needed in zip(grads, needs, strict=True)
         )
+
+
+def _common_draws(A: torch.Tensor, fraction: float, mesh: DeviceMesh) -> torch.Tensor:
+    """What `draw_columns` draws for a block in the mesh's first process.
+
+    Processes with all of X's columns sample the same ones by it, as a layer that is not split would.
+    """
+    import torch.distributed as dist
+
+    draws = draw_columns(A.shape[1], fraction, A.device)
+    dist.broadcast(draws, group=mesh.get_group(), group_src=0)
+    return draws
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

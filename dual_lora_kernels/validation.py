@@ -97,7 +97,16 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def check_hyperparameters(
-    *, r1: int, r2: int, alpha: float, dropout: float, init_std: float, ste: str, clip_bound: float, rounding: str
+    *,
+    r1: int,
+    r2: int,
+    alpha: float,
+    dropout: float,
+    init_std: float,
+    ste: str,
+    clip_bound: float,
+    rounding: str,
+    gradient_columns: float,
 ) -> None:
     """Check what a layer and a configuration have in common; ValueError or TypeError names the field."""
     check_positive_int("r1", r1)
@@ -114,6 +123,28 @@ def check_hyperparameters(
         raise ValueError(f"dropout: got {dropout!r}, expected a probability below 1")
     check_estimator(ste, clip_bound)
     check_choice("rounding", rounding, ROUNDINGS)
+    check_fraction("gradient_columns", gradient_columns)
+
+
+def check_fraction(name: str, value: object) -> float:
+    """Return a number above 0, and at most 1, as Python's. Raises as `check_number` does."""
+    number = check_number(name, value, 0.0, 1.0)
+    if number == 0:
+        raise ValueError(f"{name}: got {value!r}, expected a fraction above 0, and 1 at most")
+    return number
+
+
+def check_draws(draws: torch.Tensor, A: torch.Tensor) -> None:
+    """Check random numbers that choose columns of A, but for their values."""
+    check_tensor("draws", draws)
+    if draws.dtype != torch.int64:
+        raise TypeError(f"draws.dtype: got {draws.dtype}, expected torch.int64")
+    if draws.dim() != 1 or not 1 <= draws.shape[0] <= A.shape[1]:
+        raise ValueError(
+            f"draws: got shape {tuple(draws.shape)}, expected [n] with n from 1 to in_features = {A.shape[1]}, from A"
+        )
+    if draws.device != A.device:
+        raise ValueError(f"draws.device: got {draws.device}, expected {A.device}, where A is")
 
 
 def check_estimator(ste: str, clip_bound: float) -> float:

@@ -17,7 +17,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dual_lora_kernels import DualLoraConfig, DualLoraLinear, apply_dual_lora, dual_lora_merged, merge_dual_lora
+from dual_lora_kernels import (
+    DualLoraConfig,
+    DualLoraLinear,
+    apply_dual_lora,
+    draw_columns,
+    dual_lora_merged,
+    merge_dual_lora,
+    reference,
+)
+from dual_lora_kernels.column_sampling import choose
 from dual_lora_kernels.distributed import DualLoraColwiseParallel, DualLoraRowwiseParallel, parallelize_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
 from dual_lora_kernels.sharding import full, local_block
@@ -105,6 +114,27 @@ def gradients(style: str, dtype: torch.dtype, options: dict[str, Any]) -> dict[s
         assert grad.placements == getattr(own, name).placements
         errors[name] = _error(full(grad), getattr(whole, name).grad)
     return errors
+
+
+def sampled(style: str) -> dict[str, float]:
+    """Errors of the factors' gradients from a sample of columns, which the mesh's first process draws for all.
+
+    A row-wise layer's processes have columns of their own, and sample those by the same random numbers.
+    """
+    whole, own = layer(), split(layer(gradient_columns=0.5), style)
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(TOKENS, width, generator=generator) for width in (NARROW, WIDE))
+    parts = x.chunk(dist.get_world_size() if style == "rowwise" else 1, -1)
+    draws = draw_columns(parts[0].shape[1], 0.5, generator=torch.Generator().manual_seed(0))
+    weights = [torch.zeros(part.shape[1]).index_add_(0, *choose(part, draws)) for part in parts]
+    truth = reference.linear_gradients(
+        grad, x, whole.weight.detach(), *(f.detach() for f in whole.factors()), whole.scale,
+        clip_bound=whole.clip_bound, weights=torch.cat(weights),
+    )  # fmt: skip
+    torch.manual_seed(dist.get_rank())
+    y = own(own_input(x, style))
+    y.backward(grad.chunk(dist.get_world_size(), -1)[dist.get_rank()] if style == "colwise" else grad)
+    return {name: _error(full(getattr(own, name).grad), getattr(truth, name)) for name in "ABCD"}
 
 
 def gradients_without_a_sum(style: str) -> dict[str, float]:

@@ -64,7 +64,7 @@ def _launches(
         nearest = block._replace(rounding="nearest")
         yield launches.weight_product("input_gradient", out, grad, nearest, None, hashes, shape, chip, split)
         estimator = Estimator("clip", 1.0)
-        yield launches.token_product(grad, x, factors, estimator, gradients, partials, shapes.token_product, chip)
+        yield launches.token_product(grad, x, block, estimator, gradients, partials, shapes.token_product, chip)
 
 
 @pytest.mark.parametrize(

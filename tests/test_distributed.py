@@ -108,6 +108,12 @@ def test_a_split_layers_gradients(four: Processes, style: str, options: dict[str
         assert max(errors.values()) <= _bound(dtype), errors
 
 
+@pytest.mark.parametrize("style", layers.STYLES)
+def test_a_split_layers_sample_is_the_same_in_all_processes(four: Processes, style: str) -> None:
+    for errors in four.run(layers.sampled, style):
+        assert max(errors.values()) <= _bound(torch.float32), errors
+
+
 @pytest.mark.parametrize(("style", "replicated"), [("colwise", "AC"), ("rowwise", "BD")])
 def test_a_missing_sum_is_noticed(four: Processes, style: str, replicated: str) -> None:
     """The check above fails where the gradients of replicated factors stay partial sums."""

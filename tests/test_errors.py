@@ -207,6 +207,8 @@ BAD_HYPERPARAMETERS: list[tuple[str, Any, type[Exception]]] = [
     *BAD_OPTIONS,
     *((rank, value, ValueError) for rank in ("r1", "r2") for value in (0, -1)),
     *((rank, value, TypeError) for rank in ("r1", "r2") for value in (True, 8.0, "8", None)),
+    *(("gradient_columns", value, ValueError) for value in (0.0, -0.5, 1.5, math.nan)),
+    ("gradient_columns", "half", TypeError),
     ("alpha", math.nan, ValueError),
     ("alpha", math.inf, ValueError),
     ("alpha", "32", TypeError),

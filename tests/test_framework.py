@@ -29,7 +29,7 @@ def _calls(problem: Problem) -> dict[str, tuple[object, ...]]:
         "linear": (problem.x, [problem.weight], "", factors, problem.bias, *OPTIONS),
         "gradients": (
             problem.grad, problem.x, [problem.weight], "", factors, [True, True, False, True, True, True], "clip", 1.0,
-            *OPTIONS,
+            None, *OPTIONS,
         ),
         "merge_": (problem.weight.clone(), factors, *OPTIONS),
     }  # fmt: skip

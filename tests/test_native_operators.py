@@ -143,7 +143,7 @@ def _call(operator: str, given: dict[str, Any]) -> None:
         gradients = [given[f"grad_{name}"] for name in "ABCD"]
         options = (given["estimator"], given["clip_bound"], given["workspace"])
         if operator == "cpu_factor_gradients":
-            OPS.cpu_factor_gradients(given["h"], factors, gradients, *options)
+            OPS.cpu_factor_gradients(given["h"], factors, None, gradients, *options)
         else:
             results = [given["out"], *gradients]
             dither = given["grid"], (0, 0)
@@ -197,6 +197,6 @@ def test_lists_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(RuntimeError, match="factors: got 4 tensors, expected A, B, C, D and the scale"):
         OPS.cpu_effective_weight(given["out"], [], [], factors[:4], torch.float32, None)
     with pytest.raises(RuntimeError, match="gradients: got 3, expected those of A, B, C and D"):
-        OPS.cpu_factor_gradients(given["h"], factors, gradients[:3], 0, 1.0, 1 << 20)
+        OPS.cpu_factor_gradients(given["h"], factors, None, gradients[:3], 0, 1.0, 1 << 20)
     with pytest.raises(RuntimeError, match="dither: expected a row and a column"):
         OPS.cpu_effective_weight(given["out"], [], [], factors, torch.float32, (0,))

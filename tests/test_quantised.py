@@ -245,5 +245,5 @@ def test_opcheck(device: torch.device) -> None:
     factors = tuple(problem.factors)
     torch.library.opcheck(operators.linear.default, (problem.x, *parts(quantised), factors, None, *options))
     wanted = [True, True, False, True, True, False]
-    arguments = (problem.grad, problem.x, *parts(quantised), factors, wanted, "clip", 1.0, *options)
+    arguments = (problem.grad, problem.x, *parts(quantised), factors, wanted, "clip", 1.0, None, *options)
     torch.library.opcheck(operators.gradients.default, arguments)

@@ -125,9 +125,8 @@ class FusedTokenProduct(FusedFewTokens):
         return True
 
     def token_product(
-        self, grad: Any, x: Any, factors: Any, estimator: Estimator, gradients: ParameterGradients, settings: Settings
+        self, grad: Any, x: Any, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
-        block = Block(None, factors, "dither", x.dtype)
         panels.parameter_gradients(-grad, x, block, estimator, gradients, EagerBackend(), settings)
 
 

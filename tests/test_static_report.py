@@ -199,6 +199,7 @@ def clean_row() -> Row:
         whole=False,
         masks="none",
         four_bit=False,
+        drawn=False,
         step_spills=0,
         issue_slots_per_element=None,
         issue_per_tensor_cycle=0.73,

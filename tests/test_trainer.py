@@ -17,7 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from dual_lora_kernels import apply_dual_lora, create_dual_lora_optimizer, load_dual_lora, merge_dual_lora
+from dual_lora_kernels import (
+    apply_dual_lora,
+    create_dual_lora_optimizer,
+    load_dual_lora,
+    merge_dual_lora,
+    set_gradient_columns,
+)
 from dual_lora_kernels.adapter import dual_lora_adapters
 from dual_lora_kernels.trainer import DualLoraWarmupCallback
 
@@ -89,14 +95,20 @@ def test_checkpoints_are_adapters(door: str, base: Path, tmp_path: Path, caplog:
         assert_same(auto.from_pretrained(best), loaded)
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_resumed_run_ends_as_one_without_a_break(door: str, base: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_as_one_without_a_break(door: str, fraction: float, base: Path, tmp_path: Path) -> None:
+    """With the same samples of columns: the Trainer saves PyTorch's random state."""
     scales = Scales()
-    whole = trainer(adapted(base, door), tmp_path / "run", scales)
+    model = adapted(base, door)
+    set_gradient_columns(model, fraction)
+    whole = trainer(model, tmp_path / "run", scales)
     whole.train()
     assert scales.seen == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     rest = Scales()
-    resumed = trainer(adapted(base, door), tmp_path / "run", rest)
+    again = adapted(base, door)
+    set_gradient_columns(again, fraction)
+    resumed = trainer(again, tmp_path / "run", rest)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert rest.seen == [0.75, 1.0, 1.0, 1.0]
     assert_same(resumed.model, logits(whole.model.eval()))

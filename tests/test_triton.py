@@ -120,7 +120,7 @@ def test_gradients_of_every_shipped_shape(device: torch.device, shape: PanelShap
             h, (len(h), h.shape[1]), sum(problem.factors.ranks), (shape.block_m, shape.block_n), most_programs=None
         )
         launches.token_product(
-            problem.grad, problem.x, problem.factors, estimator, gradients, partials, shape, chip
+            problem.grad, problem.x, problem.block(), estimator, gradients, partials, shape, chip
         ).run()
     launches.add_partials(gradients, problem.factors.ranks, partials).run()
     for name, value, expected in zip("ABCD", gradients[:4], truth, strict=True):

@@ -48,7 +48,7 @@ def _token_product(problem: Problem) -> Launch:
     partials = (torch.zeros(4, 4, 4), torch.zeros(4, 4, 4))
     gradients = ParameterGradients(*problem.factors[:4])
     return launches.token_product(
-        problem.grad, problem.x, problem.factors, ESTIMATOR, gradients, partials, SHAPES.token_product, CHIP
+        problem.grad, problem.x, problem.block(), ESTIMATOR, gradients, partials, SHAPES.token_product, CHIP
     )
 
 

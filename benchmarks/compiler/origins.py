@@ -52,7 +52,7 @@ def renewed(document: dict[str, Any], table: dict[str, Shapes] = TABLE) -> dict[
         cases = [
             case
             for case in shipped_cases([family], [kernel], table, masks=["none"])
-            if case.shape == shape and not case.four_bit
+            if case.shape == shape and not (case.four_bit or case.drawn)
         ]
         own = [rows[family, case.name, getattr(shape, "up_to", None)] for case in cases]
         return dataclasses.replace(shape, source=origin(own, triton))

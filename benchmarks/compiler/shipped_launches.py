@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dual_lora_kernels.backends import Block, DenseBase, Estimator, Factors, ParameterGradients
+from dual_lora_kernels.backends import Block, DenseBase, Drawn, Estimator, Factors, ParameterGradients
 from dual_lora_kernels.backends.triton import launches
 from dual_lora_kernels.backends.triton.architecture import Architecture
 from dual_lora_kernels.backends.triton.arguments import Hashes
@@ -58,6 +58,8 @@ class Case:
     masks: str = "none"
     four_bit: bool = False
     """W0 is NF4 with double quantisation, read and dequantised inside the kernel."""
+    drawn: bool = False
+    """Columns are a sample, with weights."""
 
     @property
     def tokens(self) -> int:
@@ -84,7 +86,7 @@ class Case:
         dtypes = f"{dtype_name(self.compute_dtype)}/{dtype_name(self.factor_dtype)}"
         rank = "" if self.rank == RANK else f" r{self.rank}"
         masks = "" if self.masks == "none" else f", {self.masks} masked"
-        storage = " nf4" if self.four_bit else ""
+        storage = " nf4" if self.four_bit else " drawn" if self.drawn else ""
         shape = f"{self.tile} {self.shape.warps}w {self.shape.stages}s"
         return f"{self.chip} {self.kernel}{storage} {dtypes}{rank} {shape}{masks}"
 
@@ -101,6 +103,9 @@ class Case:
         weight = _meta(rows, columns, dtype=compute)
         base = _four_bit_weight(rows, columns, compute) if self.four_bit else DenseBase(weight)
         block = Block(base, factors, "dither", compute)
+        if self.drawn:
+            columns_drawn = (_meta(columns, dtype=dtype) for dtype in (torch.int64, torch.float32))
+            block = block._replace(base=None, drawn=Drawn(factors.A, factors.C, *columns_drawn))
         inputs, outputs = (_meta(self.tokens, features, dtype=compute) for features in (columns, rows))
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)
@@ -124,7 +129,7 @@ class Case:
             return launches.factor_gradients(h, block, estimator, gradients, partials, self.shape, chip)
         assert isinstance(self.shape, ProductShape)
         partials = self._partials(self.shape.block_m, self.shape.block_n, wide)
-        return launches.token_product(outputs, inputs, factors, estimator, gradients, partials, self.shape, chip)
+        return launches.token_product(outputs, inputs, block, estimator, gradients, partials, self.shape, chip)
 
     def _partials(self, tile_rows: int, tile_columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial sums: up [column tiles, rows, r1 + r2], down [row tiles, columns, r1 + r2]."""
@@ -152,8 +157,9 @@ def shipped_cases(
         for mask in masked:
             if mask in masks:
                 yield replace(case, masks=mask, rank=MASKED_RANKS[case.rank])
-        if _has_four_bit_twin(case):
-            twin = replace(case, four_bit=True)
+        if _is_usual(case):
+            makes_weight = case.kernel in ("effective_weight", "forward", "input_gradient")
+            twin = replace(case, four_bit=True) if makes_weight else replace(case, drawn=True)
             if "none" in masks:
                 yield twin
             if "all" in masks and isinstance(case.shape, PanelShape):
@@ -170,11 +176,9 @@ def sum_cases(families: Sequence[str] = FAMILIES) -> Iterator[Case]:
             yield from (case, replace(case, masks="all", rank=MASKED_RANKS[RANK]))
 
 
-def _has_four_bit_twin(case: Case) -> bool:
-    """Whether NF4 is compiled for a case as well: as QLoRA has it, with 16-bit computation and fp32 factors."""
-    makes_weight = case.kernel in ("effective_weight", "forward", "input_gradient")
-    usual = case.compute_dtype.itemsize == 2 and case.factor_dtype == torch.float32 and case.rank == RANK
-    return makes_weight and usual
+def _is_usual(case: Case) -> bool:
+    """Whether NF4, or a sample of columns, is compiled for a case as well: 16-bit computation and fp32 factors."""
+    return case.compute_dtype.itemsize == 2 and case.factor_dtype == torch.float32 and case.rank == RANK
 
 
 def _four_bit_weight(rows: int, columns: int, dtype: torch.dtype) -> FourBitWeight:

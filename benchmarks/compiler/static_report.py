@@ -49,9 +49,9 @@ ACCEPTED_SPILLS = {
 }
 """Chip, kernel and tile → spills that the shapes without them are not worth."""
 
-ACCEPTED_FOUR_BIT_SPILLS = 32
-"""Registers that an NF4 kernel may move aside: its shapes are the dense weight's. AMD's have accumulation registers for
-them; with Triton 3.6, ∂X on sm_80 uses 56 bytes of stack."""
+ACCEPTED_TWIN_SPILLS = 32
+"""Registers that an NF4 kernel, or one for drawn columns, may move aside: its shapes are those without. AMD's have
+accumulation registers for them; with Triton 3.6, ∂X on sm_80 uses 56 bytes of stack, drawn columns on gfx1100 104."""
 
 UNFIT_FOUR_BIT = {("sm_89", "forward", "128×128×64")}
 """Chip, kernel and tile of NF4 kernels that exceed shared memory. ``"auto"`` has panels for so many tokens; where a
@@ -110,6 +110,7 @@ class Row:
     whole: bool
     masks: str
     four_bit: bool
+    drawn: bool
     step_spills: int
     issue_slots_per_element: float | None
     issue_per_tensor_cycle: float | None
@@ -153,6 +154,7 @@ def measure(case: Case) -> Row:
         whole=loop is None,
         masks=case.masks,
         four_bit=case.four_bit,
+        drawn=case.drawn,
         step_spills=spill_accesses(counted),
         issue_slots_per_element=slots,
         issue_per_tensor_cycle=ratio,
@@ -213,8 +215,8 @@ def _costs_once_a_tile(row: Row) -> bool:
     """Whether spills are known, or few and in a masked kernel outside its loop: reported, and not refused."""
     is_outside = row.masks != "none" and not row.whole and not row.step_spills
     accepted = ACCEPTED_SPILLS.get((row.chip, row.kernel, row.tile), 0)
-    if row.four_bit:
-        accepted = max(accepted, ACCEPTED_FOUR_BIT_SPILLS)
+    if row.four_bit or row.drawn:
+        accepted = max(accepted, ACCEPTED_TWIN_SPILLS)
     most = max(accepted, MOST_SPILLS_OUTSIDE_A_LOOP if is_outside else 0)
     return 0 < most >= row.spills
 

@@ -53,7 +53,7 @@ def _launches(chip: Chip, slot: Slot, rows: int, columns: int) -> list[Launch]:
             input = grad if slot.kernel == "input_gradient" else x
             execute.weight_product(slot.kernel, input, block, None, settings)
         elif slot.kernel == "token_product":
-            execute.token_product(grad, x, block.factors, Estimator("clip", 1.0), gradients, settings)
+            execute.token_product(grad, x, block, Estimator("clip", 1.0), gradients, settings)
         elif slot.kernel == "effective_weight":
             execute.effective_weight(torch.empty(rows, columns, dtype=torch.bfloat16, device="meta"), block)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..validation import check_choice
-from .block import Base, Block, DenseBase, Factors, ParameterGradients, base_of
+from .block import Base, Block, DenseBase, Drawn, Factors, ParameterGradients, base_of
 from .eager import EagerBackend
 from .interface import PANEL_UNIT, Backend, DoesNotFit, Estimator, FusedPasses, Settings, SharedProducts
 from .native import NativeBackend
@@ -22,6 +22,7 @@ __all__ = [
     "Block",
     "DenseBase",
     "DoesNotFit",
+    "Drawn",
     "Estimator",
     "Factors",
     "FusedPasses",

@@ -191,11 +191,29 @@ class ReadsBases(Protocol):
         """Whether the backend's kernels read W0 where it lies, in this form; otherwise it is loaded first."""
 
 
+class Drawn(NamedTuple):
+    """Where the columns of a block were gathered from, and how they count in sums over columns.
+
+    The block's A and C are `columns` [k], int64, ascending, of these. In ∂B and ∂D column i counts `weights[i]` times
+    (fp32 [k]); its ∂A and ∂C are left as they are. A and C are for backends whose bits depend on a column's place.
+    """
+
+    A: torch.Tensor
+    C: torch.Tensor
+    columns: torch.Tensor
+    weights: torch.Tensor
+
+    def part(self, start: int, stop: int) -> Drawn:
+        """Of columns start … stop of the block."""
+        return self._replace(columns=self.columns[start:stop], weights=self.weights[start:stop])
+
+
 class Block(NamedTuple):
     """One block of W = round(W0 + ΔW), [n, k]: all that its elements' bits depend on.
 
     `base` is None for the update alone. `row0` and `col0` place the block in the full weight: the dither and the eager
-    backend's grid of tiles follow from them. W is rounded to `dtype`, the compute dtype.
+    backend's grid of tiles follow from them. W is rounded to `dtype`, the compute dtype. Of a block whose columns are
+    `drawn` from others, they place the block that these are of; only the factors' gradients are computed from it.
     """
 
     base: Base | None
@@ -204,6 +222,7 @@ class Block(NamedTuple):
     dtype: torch.dtype
     row0: int = 0
     col0: int = 0
+    drawn: Drawn | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -219,17 +238,20 @@ class Block(NamedTuple):
         """Rows start … stop; the block itself where these are all, as in small layers: slices cost host time."""
         if start == 0 and stop == len(self.factors.B):
             return self
-        base, factors, rounding, dtype, row0, col0 = self
+        base, factors, rounding, dtype, row0, col0, drawn = self
         base = None if base is None else base.rows(start, stop)
-        return Block(base, factors.rows(start, stop), rounding, dtype, row0 + start, col0)
+        return Block(base, factors.rows(start, stop), rounding, dtype, row0 + start, col0, drawn)
 
     def columns(self, start: int, stop: int) -> Block:
         """Columns start … stop; the block itself where these are all."""
         if start == 0 and stop == self.factors.A.shape[1]:
             return self
-        base, factors, rounding, dtype, row0, col0 = self
+        base, factors, rounding, dtype, row0, col0, drawn = self
         base = None if base is None else base.columns(start, stop)
-        return Block(base, factors.columns(start, stop), rounding, dtype, row0, col0 + start)
+        factors = factors.columns(start, stop)
+        if drawn is not None:
+            return Block(base, factors, rounding, dtype, row0, col0, drawn.part(start, stop))
+        return Block(base, factors, rounding, dtype, row0, col0 + start)
 
     def pieces(
         self, backend: ReadsBases, out: torch.Tensor, budget: int

@@ -6,6 +6,7 @@ with fresh temporaries the page faults made generating W 3 times slower (docs/de
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from ..precision import accumulation_dtype
 from ..rounding import column_hashes, dither_, is_dithered, row_hashes
 from .block import Base, Block, Factors, ParameterGradients
-from .grid import TILE, RankProducts, parts, tile_count
+from .grid import TILE, Part, RankProducts, drawn_groups, parts, spans, tile_count
 from .interface import Estimator, FusedPasses, Settings, SharedProducts
 from .workers import run, shares, worker_count
 
@@ -112,35 +113,56 @@ class EagerBackend:
     def _contribute(
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
-        products = RankProducts(block.factors, block.origin)
+        factors, drawn = block.factors, block.drawn
+        products = RankProducts(factors if drawn is None else factors._replace(A=drawn.A, C=drawn.C), block.origin)
         dtype = accumulation_dtype(torch.promote_types(h.dtype, products.dtype))
         wide = block.factors.to(dtype)  # fp64 inputs with fp32 factors: P and Q stay fp32, as everywhere
         most, p_scratch, q_scratch = self._scratch(h, block, products.dtype, settings)
         grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0, dtype=dtype)
-        for part in parts(block.origin, h.shape, most):
-            p, q = products.write(part, p_scratch, q_scratch)
-            rows, columns = part.rows.lines, part.columns.lines
+        for rows, columns, arrange, (p, q) in _pieces(block, products, most, p_scratch, q_scratch):
             near = wide.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
+            weights = None if drawn is None else drawn.weights[columns]
             grads = gradients.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
-            scaled = part.of(h).to(dtype).mul_(block.factors.scale)
+            scaled = h[rows, columns].to(dtype).mul_(block.factors.scale)
             p.relu_()
             if gradients.direction_wanted:
                 grad_q = grad_scratch[: scaled.numel()].view(scaled.shape)
-                torch.mul(part.tiles(scaled), p, out=part.tiles(grad_q))
-                _estimate_(part.tiles(grad_q), q, estimator)
-                _contract(grad_q, near.D, near.C, grads.D, grads.C)
+                torch.mul(arrange(scaled), p, out=arrange(grad_q))
+                _estimate_(arrange(grad_q), q, estimator)
+                _contract(grad_q, near.D, near.C, grads.D, grads.C, weights)
             if gradients.magnitude_wanted:
-                part.tiles(scaled).mul_(_sign_(q).mul_(p.gt_(0)))
-                _contract(scaled, near.B, near.A, grads.B, grads.A)
+                arrange(scaled).mul_(_sign_(q).mul_(p.gt_(0)))
+                _contract(scaled, near.B, near.A, grads.B, grads.A, weights)
 
     def _scratch(
         self, like: torch.Tensor, block: Block, dtype: torch.dtype, settings: Settings
     ) -> tuple[int, torch.Tensor, torch.Tensor]:
         """How many tiles of a block may be taken at a time, and room for P and Q of as many, on `like`'s device."""
         most = max(1, self.weight_temporaries(settings.workspace) // (_BUFFERS * TILE * TILE * dtype.itemsize))
-        tiles = min(most, tile_count(block.origin, like.shape))
+        shape = like.shape if block.drawn is None else torch.Size((like.shape[0], block.drawn.A.shape[1]))
+        tiles = min(most, tile_count(block.origin, shape))
         p, q = (like.new_empty(tiles * TILE * TILE, dtype=dtype) for _ in range(2))
         return most, p, q
+
+
+_Piece = tuple[slice, slice, Callable[[torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _pieces(block: Block, products: RankProducts, most: int, p: torch.Tensor, q: torch.Tensor) -> Iterator[_Piece]:
+    """(rows, columns, a view of them in P's order, (P, Q)) of the pieces of a block, of at most `most` tiles each."""
+    (rows, columns), drawn = block.shape, block.drawn
+    if drawn is None:
+        for part in parts(block.origin, torch.Size((rows, columns)), most):
+            yield part.rows.lines, part.columns.lines, part.tiles, products.write(part, p, q)
+        return
+    groups = list(drawn_groups(drawn.columns, block.col0, most))
+    for row_span in spans(block.row0, rows, 1):
+        for own, tiles, places in groups:
+            yield row_span.lines, own, _as_it_is, products.write_drawn(Part(row_span, tiles), places, p, q)
+
+
+def _as_it_is(lines: torch.Tensor) -> torch.Tensor:
+    return lines
 
 
 def _update_(p: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -167,9 +189,13 @@ def _contract(
     down: torch.Tensor,
     grad_up: torch.Tensor | None,
     grad_down: torch.Tensor | None,
+    weights: torch.Tensor | None,
 ) -> None:
-    """Gradients of a product up [n, r] @ down [r, k] from the product's gradient [n, k], added where wanted."""
+    """Gradients of a product up [n, r] @ down [r, k] from the product's gradient [n, k], added where wanted.
+
+    With `weights` [k], columns count as `Drawn` says.
+    """
     if grad_up is not None:
-        grad_up.addmm_(grad, down.t())
+        grad_up.addmm_(grad, (down if weights is None else down * weights).t())
     if grad_down is not None:
         grad_down.addmm_(up.t(), grad)

@@ -106,6 +106,35 @@ class RankProducts:
                 results.append(tiles[:, :, rows.inside, columns.inside])
         return results[0], results[1]
 
+    def write_drawn(
+        self, part: Part, places: torch.Tensor, p: torch.Tensor, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """P and Q [rows, n] of the columns at `places` [n] in the tiles of `part`, which has whole tiles of columns.
+
+        Other arguments as for `write`. Columns gathered before would lie elsewhere in a tile, with other bits maybe.
+        """
+        found = (
+            product.transpose(1, 2).flatten(2, 3).flatten(0, 1).index_select(1, places)
+            for product in self.write(part, p, q)
+        )
+        return next(found), next(found)
+
+
+def drawn_groups(columns: torch.Tensor, col0: int, most: int) -> Iterator[tuple[slice, Span, torch.Tensor]]:
+    """(which of them, their tiles, their places in these) of ascending `columns` of a block at column `col0`.
+
+    At most `most` tiles at a time. Reads the columns: a GPU's have to be waited for.
+    """
+    inside = columns + col0 % TILE
+    last = int(inside[-1]) // TILE
+    edges = torch.arange(last + 2, device=columns.device) * TILE
+    first_of = torch.searchsorted(inside, edges).tolist()
+    for tile in range(0, last + 1, most):
+        stop = min(tile + most, last + 1)
+        own = slice(first_of[tile], first_of[stop])
+        if own.start < own.stop:
+            yield own, Span(tile, stop - tile, slice(0, TILE), own), inside[own] - tile * TILE
+
 
 def _tiles(lines: torch.Tensor, origin: int, dtype: torch.dtype) -> torch.Tensor:
     """`lines` [n, r] as [tiles, TILE, r] in `dtype`, at their place on the grid, zeros around them."""

@@ -56,12 +56,12 @@ class FusedPasses(Protocol):
         self,
         grad: torch.Tensor,
         input: torch.Tensor,
-        factors: Factors,
+        block: Block,
         estimator: Estimator,
         gradients: ParameterGradients,
         settings: Settings,
     ) -> None:
-        """Add the factors' gradients from G and X to `gradients`."""
+        """Add the factors' gradients from G and X to `gradients`, as `Backend.factor_gradients` does."""
 
 
 class SharedProducts(Protocol):
@@ -136,5 +136,6 @@ class Backend(Protocol):
         """Add one block's contributions to the factors' `gradients`, from its complete H = Gᵀ X [n, k].
 
         `h` is contiguous, of the gradients' dtype or as `takes_cpu_dtypes` says, and may be overwritten. W0 is not
-        read. P and Q are the bits that `effective_weight` uses for the same block.
+        read. P and Q are the bits that `effective_weight` uses for the same block, or for the one that this one's
+        columns are `drawn` from; in ∂B and ∂D these count by their weights.
         """

@@ -82,7 +82,8 @@ class NativeBackend:
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
-        _ops.cpu_factor_gradients(h, block.factors, gradients[:4], kind, estimator.bound, budget)
+        weights = None if block.drawn is None else block.drawn.weights
+        _ops.cpu_factor_gradients(h, block.factors, weights, gradients[:4], kind, estimator.bound, budget)
 
     def weight_and_factor_gradients(
         self,

@@ -12,6 +12,8 @@ from ..validation import check_choice, check_hyperparameters
 from .registration import PEFT_TYPE
 
 _BIASES = ("none", "all", "dual_lora_only")
+_SHARED = ("dropout", "ste", "rounding", "clip_bound", "gradient_columns")
+"""Fields that an adapter has under the same name."""
 
 
 @explains_unknown_fields
@@ -31,6 +33,7 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
             parameters), use ``DualLoraWarmupCallback``; DeepSpeed's are seen.
         init_weights: True, or False for standard normal factors: an update that is seen at once, for tests.
         ste, rounding, clip_bound: see `dual_lora_kernels.dual_lora_linear`.
+        gradient_columns: see `dual_lora_kernels.DualLoraLinear`.
         target_modules: names (a layer's or their ends), a regular expression for the whole name, or ``"all-linear"``.
             None: the layers that LoRA adapts by default in this architecture. Linear layers and Conv1D can be adapted.
         exclude_modules: names or a regular expression of layers that are left alone.
@@ -57,6 +60,9 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
     ste: str = field(default="clip", metadata={"help": "Gradient of the sign: 'clip', 'dorefa' or 'xnor'."})
     rounding: str = field(default="dither", metadata={"help": "Of W0 + dW to 16 bits: 'dither' or 'nearest'."})
     clip_bound: float = field(default=1.0, metadata={"help": "Bound of ste='clip'."})
+    gradient_columns: float = field(
+        default=1.0, metadata={"help": "Part of the columns from which the factors' gradients are estimated."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Names, a regular expression, or 'all-linear'."}
     )
@@ -87,7 +93,7 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
         self.peft_type = PEFT_TYPE
         check_hyperparameters(
             r1=self.r1, r2=self.r2, alpha=self.alpha, dropout=self.dropout, init_std=self.init_std,
-            ste=self.ste, clip_bound=self.clip_bound, rounding=self.rounding,
+            ste=self.ste, clip_bound=self.clip_bound, rounding=self.rounding, gradient_columns=self.gradient_columns,
         )  # fmt: skip
         if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: got {self.warmup_steps!r}, expected a number of steps, 0 or more")
@@ -111,5 +117,5 @@ class DualLoraConfig(PeftConfig):  # type: ignore[misc]  # mypy skips PEFT
             "r2": r2,
             "alpha": alpha_for(name, self.alpha, self.alpha_pattern),
             "init_std": self.init_std if self.init_weights else 1.0,
-            **{option: getattr(self, option) for option in ("dropout", "ste", "rounding", "clip_bound")},
+            **{option: getattr(self, option) for option in _SHARED},
         }

@@ -89,7 +89,7 @@ def call(kernel: str, given: Operands) -> Callable[[], object]:
     if kernel == "factor_gradients":
         return lambda: backend.factor_gradients(given.h, block, ESTIMATOR, given.gradients, settings)
     if kernel == "token_product":
-        return lambda: fused.token_product(given.grad, given.x, given.factors, ESTIMATOR, given.gradients, settings)
+        return lambda: fused.token_product(given.grad, given.x, block, ESTIMATOR, given.gradients, settings)
     input = given.x if kernel == "forward" else given.grad
     return lambda: fused.weight_product(kernel, input, block, None, settings)
 

@@ -108,6 +108,8 @@ class Constants(NamedTuple):
     want_magnitude: bool = False
     want_direction: bool = False
     contraction_precision: str = "ieee"
+    weighted: bool = False
+    """Columns count by weights in the gradients of B and D."""
 
 
 class SumConstants(NamedTuple):

@@ -45,15 +45,18 @@ def slice_products(ups, downs, factors, row, column, shape, T: tl.constexpr):
 
 
 @triton.jit
-def contract(grad, up, down, gradient_up, down_pointers, down_mask, T: tl.constexpr):
+def contract(grad, up, down, weights, gradient_up, down_pointers, down_mask, T: tl.constexpr):
     """One tile's part of the gradients of up @ down, from the product's gradient `grad`.
 
-    grad downᵀ is added to the accumulator `gradient_up` [rows, ranks], which is returned; gradᵀ up [columns, ranks] is
-    stored. That one is transposed since matrix units take 16 rows at least and 64 at best, and ranks are fewer: on
-    sm_90 and gfx942 the other way round computes rows that nobody needs.
+    grad downᵀ is added to the accumulator `gradient_up` [rows, ranks], which is returned, with ``T.weighted`` each
+    column times its weight; gradᵀ up [columns, ranks] is stored. That one is transposed since matrix units take 16 rows
+    at least and 64 at best, and ranks are fewer: on sm_90 and gfx942 the other way round computes rows that nobody
+    needs.
     """
     PRECISION: tl.constexpr = T.contraction_precision
     operand = narrow(grad, T.contraction, T.interpreted)
+    if T.weighted:
+        down = down.to(gradient_up.dtype) * weights[None, :]
     down = narrow(down, T.contraction, T.interpreted)
     gradient_up = dot(operand, tl.trans(down), gradient_up, PRECISION, T.interpreted)
     COLUMNS: tl.constexpr = T.block_columns
@@ -65,22 +68,32 @@ def contract(grad, up, down, gradient_up, down_pointers, down_mask, T: tl.conste
 
 
 @triton.jit
-def contribute(h, p, q, scale, ups, downs, factors, column, columns, ranks, gradients, down_partials, T: tl.constexpr):
+def contribute(
+    h, p, q, scale, ups, downs, factors, column_weights, column, columns, ranks, gradients, down_partials,
+    T: tl.constexpr,
+):  # fmt: skip
     """One tile's part of the factors' gradients, for the ranks of one slice.
 
     ∂B = ∂P Aᵀ and ∂D = ∂Q Cᵀ are added to the two accumulators `gradients` [rows, ranks], which are returned. The parts
-    of ∂A = Bᵀ ∂P and ∂C = Dᵀ ∂Q are stored to `down_partials` [columns, r1 + r2].
+    of ∂A = Bᵀ ∂P and ∂C = Dᵀ ∂Q are stored to `down_partials` [columns, r1 + r2]. `column_weights`: see `block.Drawn`.
     """
     grad_p, grad_q = product_gradient_tiles(h, p, q, scale, T)
     gradient_B, gradient_D = gradients
     A, _, C, _ = factors
     pointers = down_partials + column[:, None] * (A.rows + C.rows) + ranks[None, :]
     inside = (column < columns)[:, None]
+    weights = scale
+    if T.weighted:
+        weights = tl.load(column_weights + column, mask=column < columns, other=0.0).to(gradient_B.dtype)
     if T.want_magnitude:
-        gradient_B = contract(grad_p, ups[0], downs[0], gradient_B, pointers, inside & (ranks < A.rows)[None, :], T)
+        gradient_B = contract(
+            grad_p, ups[0], downs[0], weights, gradient_B, pointers, inside & (ranks < A.rows)[None, :], T
+        )
     if T.want_direction:
         pointers += A.rows
-        gradient_D = contract(grad_q, ups[1], downs[1], gradient_D, pointers, inside & (ranks < C.rows)[None, :], T)
+        gradient_D = contract(
+            grad_q, ups[1], downs[1], weights, gradient_D, pointers, inside & (ranks < C.rows)[None, :], T
+        )
     return gradient_B, gradient_D
 
 

@@ -82,7 +82,7 @@ def weight_product(
 def token_product(
     grad: torch.Tensor,
     input: torch.Tensor,
-    factors: Factors,
+    block: Block,
     estimator: Estimator,
     gradients: ParameterGradients,
     settings: Settings,
@@ -91,14 +91,14 @@ def token_product(
     chip = _architecture(input.device)
     shape = chip.shapes(input.itemsize).token_product
     extent, tile = (grad.shape[1], input.shape[1]), (shape.block_m, shape.block_n)
-    wide = accumulation_dtype(torch.promote_types(input.dtype, factors.A.dtype))
-    ranks = sum(factors.ranks)
+    wide = accumulation_dtype(torch.promote_types(input.dtype, block.factors.A.dtype))
+    ranks = sum(block.factors.ranks)
     for start, stop in _row_groups(extent, ranks, wide.itemsize, tile, settings.workspace, None):
-        own, into = factors.rows(start, stop), gradients.rows(start, stop)
+        own, into = block.rows(start, stop), gradients.rows(start, stop)
         partials = _partials(input.new_empty(0, dtype=wide), (stop - start, extent[1]), ranks, tile, None)
         launch = launches.token_product(grad[:, start:stop], input, own, estimator, into, partials, shape, chip)
-        _run_fitting(launch, "token_product", input, factors, None)
-        launches.add_partials(into, own.ranks, partials).run()
+        _run_fitting(launch, "token_product", input, block.factors, None)
+        launches.add_partials(into, own.factors.ranks, partials).run()
 
 
 def fused_rank_limit(input: torch.Tensor) -> int:

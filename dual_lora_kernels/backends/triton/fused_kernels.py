@@ -77,7 +77,7 @@ def weight_product_kernel(out, input, weight, factors, bias, hashes, split_lengt
 
 
 @triton.jit
-def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl.constexpr):
+def token_product_kernel(grad, input, factors, column_weights, up_partials, down_partials, T: tl.constexpr):
     """Partial factor gradients from Gᵀ [rows, tokens] and X [tokens, columns]: H = Gᵀ X stays in registers.
 
     Program (i, j) sums one tile of H over all tokens, as the clipping estimator needs, then contracts it as
@@ -117,7 +117,7 @@ def token_product_kernel(grad, input, factors, up_partials, down_partials, T: tl
     both_ranks = A.rows + C.rows
     scale = tl.load(scale_pointer).to(T.product)
     gradient_B, gradient_D = contribute(
-        h, p.to(T.product), q.to(T.product), scale, ups, downs, matrices, column, input.columns, ranks,
+        h, p.to(T.product), q.to(T.product), scale, ups, downs, matrices, column_weights, column, input.columns, ranks,
         (gradient_B, gradient_D), down_partials + row_tile.to(tl.int64) * both_ranks * input.columns, T,
     )  # fmt: skip
     up_partials += column_tile.to(tl.int64) * grad.rows * both_ranks

@@ -101,13 +101,14 @@ def factor_gradients(
     `partials`, in H's dtype: up [column groups, rows, r1 + r2] and down [row tiles, columns, r1 + r2].
     """
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
+    weights = None if block.drawn is None else block.drawn.weights
 
     def plan() -> Plan:
         tile = (shape.rows, shape.columns)
         constants = _tile_constants(block.factors, block.shape, tile, block.dtype, chip)
         constants = constants._replace(
             wide=_is_wide(h, *block.factors[:4]),
-            **_gradient_constants(estimator, wanted, block.dtype, h.dtype, chip),
+            **_gradient_constants(estimator, wanted, weights, block.dtype, h.dtype, chip),
         )
         slices = max(ceil_div(rank, constants.block_rank) for rank in block.factors.ranks)
         # Loads of several slices, all fetched ahead, would exceed shared memory: 112 of 99 KiB for rank 130 on sm_89.
@@ -116,8 +117,9 @@ def factor_gradients(
 
     groups = partials[0].shape[0]
     column_tiles = ceil_div(ceil_div(h.shape[1], shape.columns), groups)
-    matrices, others = (h, *block.factors[:4]), (block.factors.scale, *partials, column_tiles)
-    choices = (shape, estimator, wanted, block.dtype)
+    scale = block.factors.scale
+    others = (scale, scale if weights is None else weights, *partials, column_tiles)
+    matrices, choices = (h, *block.factors[:4]), (shape, estimator, wanted, weights is None, block.dtype)
     return Launch(factor_gradients_kernel, matrices, others, _panel_gradient_arguments, choices, plan)
 
 
@@ -188,7 +190,7 @@ def weight_product(
 def token_product(
     grad: torch.Tensor,
     input: torch.Tensor,
-    factors: Factors,
+    block: Block,
     estimator: Estimator,
     gradients: ParameterGradients,
     partials: tuple[torch.Tensor, torch.Tensor],
@@ -198,6 +200,7 @@ def token_product(
     """Partial factor gradients of G [tokens, rows] and X [tokens, columns]; partials as in `factor_gradients`."""
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
     precision = _product_precision(input.dtype, chip)
+    factors, weights = block.factors, None if block.drawn is None else block.drawn.weights
 
     def plan() -> Plan:
         (tokens, rows), columns = grad.shape, input.shape[1]
@@ -206,13 +209,13 @@ def token_product(
             wide=_is_wide(grad, input, *factors[:4]),
             block_tokens=shape.block_k, mask_tokens=tokens % shape.block_k != 0,
             product=_TL_DTYPES[partials[0].dtype], product_precision=precision,
-            **_gradient_constants(estimator, wanted, input.dtype, partials[0].dtype, chip),
+            **_gradient_constants(estimator, wanted, weights, input.dtype, partials[0].dtype, chip),
         )  # fmt: skip
         grid = (ceil_div(rows, shape.block_m) * ceil_div(columns, shape.block_n), 1, 1)
         return Plan(grid, constants, shape.warps, shape.stages)
 
-    matrices, others = (grad.t(), input, *factors[:4]), (factors.scale, *partials)
-    choices = (shape, estimator, wanted, precision)
+    others = (factors.scale, factors.scale if weights is None else weights, *partials)
+    matrices, choices = (grad.t(), input, *factors[:4]), (shape, estimator, wanted, weights is None, precision)
     return Launch(token_product_kernel, matrices, others, _token_arguments, choices, plan)
 
 
@@ -225,8 +228,8 @@ def _panel_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[
 
 def _panel_gradient_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     h, A, B, C, D = matrices
-    scale, *partials = others
-    return (h, FactorMatrices(A, B, C, D, scale), *partials)
+    scale, weights, *partials = others
+    return (h, FactorMatrices(A, B, C, D, scale), weights, *partials)
 
 
 def _sum_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -242,8 +245,8 @@ def _product_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tupl
 
 def _token_arguments(matrices: Sequence[Any], others: tuple[Any, ...]) -> tuple[Any, ...]:
     grad, input, A, B, C, D = matrices
-    scale, up_partials, down_partials = others
-    return (grad, input, FactorMatrices(A, B, C, D, scale), up_partials, down_partials)
+    scale, weights, *partials = others
+    return (grad, input, FactorMatrices(A, B, C, D, scale), weights, *partials)
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -314,7 +317,12 @@ def _weight_constants(block: Block, tile_columns: int, chip: Architecture) -> di
 
 
 def _gradient_constants(
-    estimator: Estimator, wanted: tuple[bool, bool], dtype: torch.dtype, h_dtype: torch.dtype, chip: Architecture
+    estimator: Estimator,
+    wanted: tuple[bool, bool],
+    weights: torch.Tensor | None,
+    dtype: torch.dtype,
+    h_dtype: torch.dtype,
+    chip: Architecture,
 ) -> dict[str, Any]:
     in_bf16 = dtype == torch.bfloat16 and h_dtype == torch.float32
     # The bound as a constant: as an argument Triton would make it fp32, in fp64 layers too.
@@ -322,7 +330,7 @@ def _gradient_constants(
         contraction=tl.bfloat16 if in_bf16 else _TL_DTYPES[h_dtype],
         contraction_precision=_contraction_precision(dtype, h_dtype, chip),
         ste=estimator.kind, clip_bound=estimator.bound,
-        want_magnitude=wanted[0], want_direction=wanted[1],
+        want_magnitude=wanted[0], want_direction=wanted[1], weighted=weights is not None,
     )  # fmt: skip
 
 

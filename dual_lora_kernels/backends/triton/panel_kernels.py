@@ -33,7 +33,7 @@ def effective_weight_kernel(out, weight, factors, hashes, row0, column0, T: tl.c
 
 
 @triton.jit(do_not_specialize=["column_tiles"])
-def factor_gradients_kernel(h, factors, up_partials, down_partials, column_tiles, T: tl.constexpr):
+def factor_gradients_kernel(h, factors, column_weights, up_partials, down_partials, column_tiles, T: tl.constexpr):
     """Partial factor gradients from one block of H [rows, columns].
 
     Program (i, j, z) takes row tile i, `column_tiles` column tiles from j times as many on, and slice z of the ranks.
@@ -66,7 +66,7 @@ def factor_gradients_kernel(h, factors, up_partials, down_partials, column_tiles
         h_tile = load(h, row, column, h.rows, h.columns, T.mask_rows, T.mask_columns)
         p, q = slice_products(ups, downs, matrices, row, column, shape, T)
         gradient_B, gradient_D = contribute(
-            h_tile, p.to(dtype), q.to(dtype), scale, ups, downs, matrices, column, h.columns, ranks,
+            h_tile, p.to(dtype), q.to(dtype), scale, ups, downs, matrices, column_weights, column, h.columns, ranks,
             (gradient_B, gradient_D), down_partials, T,
         )  # fmt: skip
     store_ups(up_partials, (gradient_B, gradient_D), matrices, row, h.rows, ranks, T)
