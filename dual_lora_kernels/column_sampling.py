@@ -71,6 +71,11 @@ def choose(x: torch.Tensor, draws: torch.Tensor) -> Sample:
     return Sample(columns, weights[positions].to(torch.float32))
 
 
+def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Columns of X [M, K] as a new tensor [M, n]. In bf16 ``index_select`` took three times as long on a CPU."""
+    return x.gather(1, columns.expand(x.shape[0], -1))
+
+
 def _norms(x: torch.Tensor) -> torch.Tensor:
     """Norms of X's columns [M, K], fp32 [K], none below a tenth of their mean, from some of the tokens.
 

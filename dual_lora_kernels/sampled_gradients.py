@@ -12,7 +12,7 @@ import torch
 
 from . import passes
 from .backends import Backend, Block, Drawn, Estimator, ParameterGradients, Settings
-from .column_sampling import Sample
+from .column_sampling import Sample, gathered
 from .panel_split import split
 
 
@@ -32,7 +32,7 @@ def parameter_gradients(
     settings = settings._replace(workspace=settings.workspace - budget)
     for start, stop in split(len(sample.columns), x.shape[0] * x.itemsize, budget, backend.panel_unit):
         columns, weights = sample.part(start, stop)
-        A, C = factors.A.index_select(1, columns), factors.C.index_select(1, columns)
+        A, C = gathered(factors.A, columns), gathered(factors.C, columns)
         narrow = block._replace(
             base=None, factors=factors._replace(A=A, C=C), drawn=Drawn(factors.A, factors.C, columns, weights)
         )
@@ -41,7 +41,7 @@ def parameter_gradients(
             for total in (gradients.A, gradients.C)
         )
         part = gradients._replace(A=down_A, C=down_C)
-        passes.parameter_gradients(grad, x.index_select(1, columns), narrow, estimator, part, backend, settings)
+        passes.parameter_gradients(grad, gathered(x, columns), narrow, estimator, part, backend, settings)
         for total, sums in ((gradients.A, down_A), (gradients.C, down_C)):
             if total is not None and sums is not None:
                 total.index_add_(1, columns, sums.mul_(weights))

@@ -66,7 +66,8 @@ def test_a_session_reports_every_part(session: Path) -> None:
     assert all(row["peak"] > 0 for row in found["memory"]["rows"])
     for cell, kind in zip(found["layers"]["cells"], ("step", "decode"), strict=True):
         assert (cell["kind"], cell["mode"], cell["left_out"]) == (kind, "plain", {})
-        assert set(cell["to_floor"]) == {*layer_cells.STRATEGIES, *layer_cells.PEERS}
+        sampled = layer_cells.SAMPLED if kind == "step" else ()
+        assert set(cell["to_floor"]) == {*layer_cells.STRATEGIES, *layer_cells.PEERS, *sampled}
     assert [reason.partition(" ")[0] for reason in found["layers"]["left_out"]] == ["graph", "compiled"]
     assert {goal["verdict"] for goal in document["goals"]} == {"not measured"}, "times of an interpreter mean nothing"
 

@@ -25,9 +25,14 @@ from .methods import LABELS, build, frozen_linear
 
 STRATEGIES = ("auto", "fused", "panels")
 PEERS = ("lora", "dora", "naive")
+SAMPLED = ("dual_lora_half", "dual_lora_quarter")
+"""Training steps with gradients from a part of the columns; they decode as the others."""
 COMPILED_PEERS = ("dora",)
 """Compiling takes seconds a method, so only the peer that a goal names is compiled too."""
-CELL_LABELS = {**{name: f"dual_lora_kernels, {name}" for name in STRATEGIES}, **{n: LABELS[n] for n in (FLOOR, *PEERS)}}
+CELL_LABELS = {
+    **{name: f"dual_lora_kernels, {name}" for name in STRATEGIES},
+    **{n: LABELS[n] for n in (FLOOR, *SAMPLED, *PEERS)},
+}
 MODES = ("plain", "graph", "compiled")
 LLAMA_8B = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 LLAMA_70B = ((8192, 8192), (28672, 8192), (8192, 28672), (1024, 8192))
@@ -84,12 +89,19 @@ def cells(near: Sequence[tuple[int, int]] = LLAMA_8B, far: Sequence[tuple[int, i
     return list(dict.fromkeys(order))
 
 
+def candidates(cell: Cell) -> tuple[str, ...]:
+    """What a cell measures besides the floor."""
+    if cell.mode == "compiled":
+        return *STRATEGIES, *COMPILED_PEERS
+    return *STRATEGIES, *(SAMPLED if cell.kind == "step" else ()), *PEERS
+
+
 def measure(cell: Cell, device: torch.device) -> dict[str, Any]:
     """Microseconds and ratios to the floor of every candidate that runs, and why the others do not.
 
     The floor: three products for a step, F.linear on W0 alone for decoding.
     """
-    names = (*STRATEGIES, *(COMPILED_PEERS if cell.mode == "compiled" else PEERS))
+    names = candidates(cell)
     if cell.mode == "compiled":
         torch.compiler.reset()  # or it would stop compiling after eight modules
     linears = _layers(cell, device)

@@ -95,6 +95,10 @@ def _peft(linear: nn.Linear, config: str, **options: object) -> nn.Module:
     return model
 
 
+def _dual_lora(linear: nn.Linear, r1: int, r2: int, fraction: float = 1.0) -> nn.Module:
+    return DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA, gradient_columns=fraction)
+
+
 Builder = Callable[[nn.Linear, int, int], nn.Module]
 """(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
 
@@ -105,7 +109,9 @@ METHODS: dict[str, Builder] = {
     "hira": lambda linear, r1, r2: _peft(linear, "HiraConfig", r=r1 + r2),
     "naive": NaiveDualLora,
     "dual_lora_eager": lambda linear, r1, r2: EagerDualLora.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
-    "dual_lora": lambda linear, r1, r2: DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
+    "dual_lora": _dual_lora,
+    "dual_lora_half": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 2),
+    "dual_lora_quarter": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 4),
 }
 LABELS = {
     "floor": "three products",
@@ -116,6 +122,8 @@ LABELS = {
     "naive": "naive Dual LoRA",
     "dual_lora_eager": "dual_lora_kernels, eager",
     "dual_lora": "dual_lora_kernels",
+    "dual_lora_half": "dual_lora_kernels, 1/2 of the columns",
+    "dual_lora_quarter": "dual_lora_kernels, 1/4 of the columns",
 }
 
 
