@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import automatic_warmup, tensor_parallel
-from .column_sampling import draw_columns
+from .column_sampling import draw, sample_size
 from .functional import compute_dtype, dual_lora_delta, dual_lora_linear
 from .merging import check_mergeable, dual_lora_merge_, dual_lora_merged
 from .quantised.weight import QuantisedWeight
@@ -61,6 +61,7 @@ class DualLoraAdapter(nn.Module):
     D: nn.Parameter
     scale: torch.Tensor
     _gradient_columns = 1.0
+    _sample_size: int | None = None
     warmup_steps = 0
     warmup_left = 0
     warmup_waits = False
@@ -113,6 +114,8 @@ class DualLoraAdapter(nn.Module):
     @gradient_columns.setter
     def gradient_columns(self, fraction: float) -> None:
         self._gradient_columns = check_fraction("gradient_columns", fraction)
+        # What calls read is an integer: torch.compile makes a symbol of a float that has changed once.
+        self._sample_size = None if fraction == 1 else sample_size(self.in_features, fraction)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -177,11 +180,11 @@ class DualLoraAdapter(nn.Module):
         self, input: torch.Tensor, weight: torch.Tensor | QuantisedWeight | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         # Whether gradients are enabled does not matter: a recomputed forward pass draws what the first one has drawn.
-        fraction = self.gradient_columns if self.training and self.trains() else 1.0
+        count = self._sample_size if self.training and self.trains() else None
         if is_sharded(self.A):
             compute, factors = self._product, self.factors()
-            return tensor_parallel.linear(compute, input, weight, factors, bias, fraction)  # type: ignore[arg-type]
-        draws = None if fraction == 1 else draw_columns(self.in_features, fraction, self.A.device)
+            return tensor_parallel.linear(compute, input, weight, factors, bias, count)  # type: ignore[arg-type]
+        draws = None if count is None else draw(count, self.A.device)
         return self._product(input, weight, self.factors(), bias, draws=draws)
 
     def _product(

@@ -138,7 +138,9 @@ def _settings(file: Path, text: str | bytes) -> tuple[dict[str, DualLoraConfig],
 
 def _config(name: str, layer: dict[str, Any]) -> DualLoraConfig:
     if layer.keys() - _LATER != set(_OPTIONS):
-        raise ValueError(f"{name} has the settings {sorted(layer)}, expected {sorted(_OPTIONS)}")
+        raise ValueError(
+            f"{name} has the settings {sorted(layer)}, expected {sorted(_OPTIONS)}, and maybe {sorted(_LATER)}"
+        )
     if layer["adapter_dtype"] not in _DTYPES:
         raise ValueError(f"adapter_dtype: got {layer['adapter_dtype']!r}, expected one of {', '.join(_DTYPES)}")
     return DualLoraConfig(**layer | {"adapter_dtype": _DTYPES[layer["adapter_dtype"]]})

@@ -1,8 +1,10 @@
-"""Samples of H's columns, from which the factors' gradients are estimated, with chances as the norms of X's columns.
+"""Samples of H's columns, from which the factors' gradients are estimated.
 
 A column of H = Gᵀ X is at most as large as its column of X allows, and activations have columns that are much larger
 than others. Chances in proportion to the norms, 1 at most, give estimates of less variance than equal ones
-(docs/decisions.md). All of it stays on the device: sizes do not depend on the norms, and nothing is read.
+(docs/decisions.md). Norms are rounded to integers, and all else is exact: a column's weight is the inverse of its
+chance, and the same input gives the same sample everywhere. Sizes do not depend on the norms, so nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ import torch
 
 from .validation import check_fraction, check_positive_int
 
+_PLACES = 1 << 31
+"""Places within a stratum that a draw can choose."""
+_MEAN = 1 << 12
+"""The mean norm as an integer. Products of it, a million columns and `_PLACES` stay below 2⁶³."""
+_LEAST = _MEAN // 10
+"""The least norm, which bounds weights: a column that looks like zeros may not be where nobody has looked."""
 _LOOKED_AT = 1 << 20
-"""Elements of X, at most, from which norms are taken: 256 tokens of 4096 columns."""
-_LEAST_OF_MEAN = 0.1
-_UNITS = 1 << 14
-"""A chance of 1, as an integer, so that sums are exact. In 64 bits that leaves room for samples of 131,072 columns."""
+"""Elements of X, at most, from which norms are taken: 256 tokens of 4096 columns. A pass over 2048 tokens took 3 % of a
+layer's step, and chances may be any as long as weights are their inverse."""
 
 
 class Sample(NamedTuple):
@@ -40,12 +46,11 @@ def draw_columns(
 ) -> torch.Tensor:
     """Random numbers by which `dual_lora_linear` chooses n columns: int64 [n], n the nearest to fraction · in_features.
 
-    At least one. Without a `generator`, PyTorch's own draws, as for dropout. Raises ValueError or TypeError unless
-    `in_features` is a positive integer, and 0 < `fraction` <= 1.
+    At least one; from 0 to 2³¹ − 1. Without a `generator`, PyTorch's own draws, as for dropout. Raises ValueError or
+    TypeError unless `in_features` is a positive integer, and 0 < `fraction` <= 1.
     """
     in_features = check_positive_int("in_features", in_features)
-    count = sample_size(in_features, check_fraction("fraction", fraction))
-    return torch.randint(_UNITS, (count,), device=device, generator=generator)
+    return draw(sample_size(in_features, check_fraction("fraction", fraction)), device, generator)
 
 
 def sample_size(in_features: int, fraction: float) -> int:
@@ -53,22 +58,39 @@ def sample_size(in_features: int, fraction: float) -> int:
     return max(1, round(fraction * in_features))
 
 
+def draw(
+    count: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """`draw_columns` for a sample of `count` columns."""
+    return torch.randint(_PLACES, (count,), device=device, generator=generator)
+
+
 def choose(x: torch.Tensor, draws: torch.Tensor) -> Sample:
     """A sample of X's columns [M, K] by the random numbers `draws` [n].
 
-    Laid end to end, each column as long as its chance, the largest norms first, the columns fill n strata; draw i is a
-    place in stratum i. Columns whose chance is 1 are a stratum each, and come once. Others may come twice.
+    The columns whose chance is 1, c of them, come once each. The others, laid end to end, each as long as its norm,
+    fill n − c strata of equal length, up to rounding, and a draw is a place in one of them. A column that lies in two
+    strata may come twice.
     """
-    count, strata = draws.shape[0], torch.arange(draws.shape[0], device=draws.device)
+    count = draws.shape[0]
     norms, order = _norms(x).sort(descending=True, stable=True)
-    lengths = (_chances(norms, count) * _UNITS).to(torch.int64).clamp_(min=1)
-    ends = lengths.cumsum(0)
-    # Rounding leaves the columns' whole length off by up to K units: strata are as much longer or shorter.
-    places = (strata * _UNITS + draws) * ends[-1] // (count * _UNITS)
-    chosen = torch.searchsorted(ends, places, right=True)
-    weights = ends[-1] / (count * lengths[chosen])
-    columns, positions = order[chosen].sort()
-    return Sample(columns, weights[positions].to(torch.float32))
+    ends = norms.cumsum(0)
+    left = ends[-1] - ends + norms  # of this column and those after it
+    number = torch.arange(norms.shape[0], device=x.device)
+    # The next column is certain as long as it has its share, or more, of what is left.
+    certain = ((count - number) * norms >= left).sum()
+    strata = (count - certain).clamp(min=1)
+    first = (number[:count] - certain).clamp(min=0)
+    length = left[certain.clamp(max=norms.shape[0] - 1)]
+    start = first * length // strata
+    width = (first + 1) * length // strata - start
+    place = ends[-1] - length + start + draws.clamp(0, _PLACES - 1) * width // _PLACES
+    is_certain = number[:count] < certain
+    chosen = torch.searchsorted(ends, place, right=True).clamp(max=norms.shape[0] - 1)
+    chosen = number[:count].where(is_certain, chosen)
+    weights = (width.to(torch.float32) / norms[chosen].to(torch.float32)).where(~is_certain, 1.0)
+    columns, position = order[chosen].sort()
+    return Sample(columns, weights[position])
 
 
 def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -77,21 +99,11 @@ def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Norms of X's columns [M, K], fp32 [K], none below a tenth of their mean, from some of the tokens.
+    """Norms of X's columns [M, K] over some of the tokens, as integers with a mean of about `_MEAN`: int64 [K].
 
-    Chances may be any, as long as weights are their inverse: a pass over 2048 tokens took 3 % of a layer's step, and
-    the least chance bounds the weights.
+    The step from token to token is odd: sequences are of even lengths, and their first tokens are alike.
     """
-    some = x[:: max(1, -(-x.numel() // _LOOKED_AT))]
+    some = x[:: -(-x.numel() // _LOOKED_AT) | 1]
     norms = some.to(torch.float32).square().sum(0).sqrt_().nan_to_num_(nan=0.0, posinf=0.0)
-    return norms.clamp_(min=(_LEAST_OF_MEAN * norms.mean()).clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def _chances(norms: torch.Tensor, count: int) -> torch.Tensor:
-    """min(1, c · norm) for norms in descending order, c such that they sum to `count` (or are all 1)."""
-    tails = norms.flip(0).cumsum(0).flip(0)
-    before = torch.arange(norms.shape[0], device=norms.device)
-    # The first columns, m of them, have a chance of 1 as long as the next would get 1 or more of what is left.
-    certain = ((count - before) * norms >= tails).sum().clamp(max=norms.shape[0] - 1)
-    scaled = norms * ((count - certain) / tails[certain])
-    return scaled.where(before >= certain, 1).clamp(max=1)
+    relative = norms / norms.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return (relative * _MEAN).to(torch.int64).clamp_(min=_LEAST)

@@ -175,9 +175,9 @@ def dual_lora_linear(
         origin: (row, column) of this weight's first element in the full weight, where it is a shard of one. The dither
             and the order of additions depend on it, so a shard's W has the full weight's bits.
         draws: int64 [n] from `draw_columns`: the factors' gradients are estimated, without bias, from n columns of Gᵀ X
-            that are chosen by these random numbers, with chances as the norms of the input's columns. Gradients of the
-            other columns of A and C are zero. None: from all columns, exactly. Output and input gradient are exact
-            either way, and so is everything where the weight itself gets a gradient.
+            that are chosen by these random numbers, with chances in proportion to the norms of the input's columns.
+            Gradients of the other columns of A and C are zero. None: from all columns, exactly. Output and input
+            gradient are exact either way, and so is everything where the weight itself gets a gradient.
 
     Returns:
         [..., out_features] in the compute dtype. Differentiable once with respect to every tensor but `scale`.

@@ -26,7 +26,7 @@ PEFT_NAME = "DUAL_LORA"
 PEFT_PREFIX = "dual_adapter"
 """What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
 _BASE = "base_model.model."
-_SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound", "gradient_columns")
+_SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound")
 """Options that PEFT's format has once for all layers."""
 
 
@@ -72,7 +72,7 @@ def _adapter(settings: Mapping[str, Any], saved: Mapping[str, torch.Tensor]) -> 
             r2=len(state[f"{layer}.C"]),
             alpha=alpha_for(layer, settings["alpha"], settings.get("alpha_pattern")),
             adapter_dtype=state[f"{layer}.A"].dtype,
-            **{option: settings[option] for option in _SHARED if option != "gradient_columns"},
+            **{option: settings[option] for option in _SHARED},
             gradient_columns=settings.get("gradient_columns", 1.0),  # earlier versions have none
         )
     return Adapter(configs, state, tuple(sorted(whole)))
@@ -126,8 +126,15 @@ def _settings(configs: Mapping[str, DualLoraConfig]) -> dict[str, Any]:
         "r1": r1,
         "r2": r2,
         "alpha": alpha,
+        **_gradient_columns(configs),
         **{option: getattr(first, option) for option in _SHARED},
         "target_modules": "|".join(re.escape(name) for name in sorted(configs)),  # names could match the ends of others
         "rank_pattern": {f"^{re.escape(n)}": [c.r1, c.r2] for n, c in configs.items() if (c.r1, c.r2) != (r1, r2)},
         "alpha_pattern": {f"^{re.escape(n)}": c.alpha for n, c in configs.items() if c.alpha != alpha},
     }
+
+
+def _gradient_columns(configs: Mapping[str, DualLoraConfig]) -> dict[str, float]:
+    """The option that earlier versions do not know: only where it is below 1, and the same for all layers."""
+    found = {config.gradient_columns for config in configs.values()}
+    return {"gradient_columns": found.pop()} if len(found) == 1 and found != {1.0} else {}

@@ -31,10 +31,11 @@ def parameter_gradients(
     budget = settings.workspace // 2
     settings = settings._replace(workspace=settings.workspace - budget)
     for start, stop in split(len(sample.columns), x.shape[0] * x.itemsize, budget, backend.panel_unit):
-        columns, weights = sample.part(start, stop)
+        part_of_sample = sample.part(start, stop)
+        columns, weights = part_of_sample
         A, C = gathered(factors.A, columns), gathered(factors.C, columns)
         narrow = block._replace(
-            base=None, factors=factors._replace(A=A, C=C), drawn=Drawn(factors.A, factors.C, columns, weights)
+            base=None, factors=factors._replace(A=A, C=C), drawn=Drawn(factors.A, factors.C, part_of_sample)
         )
         down_A, down_C = (
             None if total is None else total.new_zeros(total.shape[0], len(columns))

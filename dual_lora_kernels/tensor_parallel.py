@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .column_sampling import draw_columns
+from .column_sampling import draw
 from .sharding import described, is_sharded
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ def linear(
     weight: torch.Tensor | None,
     factors: FourFactors,
     bias: torch.Tensor | None,
-    fraction: float = 1.0,
+    sample_size: int | None = None,
 ) -> torch.Tensor:
     """The layer on this process's block: a DTensor, split by its last dimension or of partial sums.
 
-    `compute(input, weight, factors, bias, origin)` does so with plain tensors. With a `fraction` below 1, it also gets
-    random numbers by which to sample the block's columns, on which all processes agree. `input` is a DTensor, or a
-    plain tensor: the whole one for a layer split by rows, this process's part for one split by columns. Raises
-    ValueError where input, weight or bias are not distributed as the factors need.
+    `compute(input, weight, factors, bias, origin)` does so with plain tensors. With a `sample_size`, the whole layer's,
+    it also gets random numbers by which to sample the block's columns, on which all processes agree. `input` is a
+    DTensor, or a plain tensor: the whole one for a layer split by rows, this process's part for one split by columns.
+    Raises ValueError where input, weight or bias are not distributed as the factors need.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -130,6 +130,7 @@ def linear(
         raise ValueError(f"input: got a DTensor over {input.device_mesh}, expected one over {mesh}, as the factors are")
     x = input.redistribute(placements=[wanted]).to_local(grad_placements=[Partial()] if dim == ROWS else None)
     first = mesh.get_local_rank()  # of equal parts: see check_divides
+    whole = A.shape[1]
     if dim == ROWS:
         (A, C), B, D = _Replicated.apply(mesh, A, C), _local(B), _local(D)
         origin = first * B.shape[0], 0
@@ -138,7 +139,7 @@ def linear(
         origin = 0, first * A.shape[1]
     if bias is not None:
         bias = _local(bias) if dim == ROWS else _added_once(bias, mesh)
-    draws = () if fraction == 1 else (_common_draws(A, fraction, mesh),)
+    draws = () if sample_size is None else (_common_draws(A, sample_size, whole, mesh),)
     y = compute(x, None if weight is None else _local(weight), (A, B, C, D), bias, origin, *draws)
     return DTensor.from_local(y, mesh, [Shard(-1) if dim == ROWS else Partial()], run_check=False)
 
@@ -169,16 +170,16 @@ class _Replicated(torch.autograd.Function):
         )
 
 
-def _common_draws(A: torch.Tensor, fraction: float, mesh: DeviceMesh) -> torch.Tensor:
-    """What `draw_columns` draws for a block in the mesh's first process.
+def _common_draws(A: torch.Tensor, sample_size: int, in_features: int, mesh: DeviceMesh) -> torch.Tensor:
+    """What `draw` gives the mesh's first process for a block's part of a sample of the layer's `in_features`.
 
     Processes with all of X's columns sample the same ones by it, as a layer that is not split would.
     """
-    import torch.distributed as dist
+    from torch.distributed import _functional_collectives as collectives
 
-    draws = draw_columns(A.shape[1], fraction, A.device)
-    dist.broadcast(draws, group=mesh.get_group(), group_src=0)
-    return draws
+    draws = draw(max(1, round(sample_size * A.shape[1] / in_features)), A.device)
+    shared: torch.Tensor = collectives.wait_tensor(collectives.broadcast(draws, 0, mesh.get_group()))
+    return shared
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dual_lora_kernels import draw_columns
 from dual_lora_kernels.column_sampling import choose, sample_size
 
-DRAWS = 4000
+DRAWS, STEPS = 4000, 2048
+PLACES = 1 << 31
 
 
 def _activations(k: int, outliers: int, tokens: int = 40) -> torch.Tensor:
@@ -29,35 +30,43 @@ def test_a_sample_has_its_size_and_order(k: int, fraction: float, outliers: int,
     columns, weights = choose(_activations(k, outliers, 5), draws)
     assert len(draws) == len(columns) == len(weights) == sample_size(k, fraction) == max(1, round(k * fraction))
     assert (columns.diff() >= 0).all()
-    assert columns[0] >= 0
-    assert columns[-1] < k
+    assert int(columns[0]) >= 0
+    assert int(columns[-1]) < k
     assert weights.isfinite().all()
-    # A column's weight is the inverse of its chance, and no chance is above 1. 14 bits are kept of chances.
-    assert weights.min() >= 1 - k / 2**13
+    assert weights.min() > 0.99  # the inverse of a chance; strata are equal up to rounding
 
 
-@pytest.mark.parametrize(("k", "fraction", "outliers"), [(512, 0.5, 0), (512, 0.25, 10), (100, 0.3, 3), (33, 0.9, 1)])
-def test_every_column_counts_once_on_average(k: int, fraction: float, outliers: int) -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("outliers", [0, 3, 20])
+@pytest.mark.parametrize(("k", "n"), [(40, 1), (40, 2), (64, 13), (33, 30), (100, 50), (7, 7)])
+def test_every_column_counts_once_on_average(k: int, n: int, outliers: int) -> None:
+    """No draws here: every stratum is walked through in equal steps, so that the mean has no noise but the steps'."""
     x = _activations(k, outliers)
-    total, squares = torch.zeros(k), torch.zeros(k)
-    for _ in range(DRAWS):
-        columns, weights = choose(x, draw_columns(k, fraction))
-        counted = torch.zeros(k).index_add_(0, columns, weights)
-        total += counted / DRAWS
-        squares += counted.square() / DRAWS
-    errors = ((squares - total.square()).clamp(min=0) / DRAWS).sqrt()
-    # The largest of 512 standard normal numbers is 4.5 in one case in a thousand.
-    assert ((total - 1).abs() <= 4.5 * errors + k / 2**13).all()
+    total = torch.zeros(k, dtype=torch.float64)
+    for step in range(STEPS):
+        columns, weights = choose(x, torch.full((n,), (2 * step + 1) * PLACES // (2 * STEPS)))
+        total.index_add_(0, columns, weights.double() / STEPS)
+    # A column's edges cut a step each, of a weight of 10 k / n at most.
+    assert (total - 1).abs().max() <= 20 * max(1, k / n) / STEPS
 
 
-def test_large_columns_are_always_drawn_once() -> None:
-    x = _activations(256, 8)
-    for seed in range(50):
-        columns, weights = choose(x, draw_columns(256, 0.25, generator=torch.Generator().manual_seed(seed)))
-        assert columns[:8].equal(torch.arange(8))
-        assert (weights[:8] - 1).abs().max() < 1e-2
-        assert columns[8] >= 8
+@pytest.mark.parametrize(("k", "n", "outliers"), [(4096, 1024, 300), (4096, 820, 90), (1000, 500, 8)])
+def test_large_columns_come_once_in_every_sample(k: int, n: int, outliers: int) -> None:
+    x = _activations(k, outliers)
+    for seed in range(20):
+        columns, weights = choose(x, draw_columns(k, n / k, generator=torch.Generator().manual_seed(seed)))
+        assert columns[:outliers].equal(torch.arange(outliers))
+        assert (weights[:outliers] == 1).all()
+        assert int(columns[outliers]) >= outliers
+
+
+def test_the_mean_would_show_a_bias() -> None:
+    """The check above can fail: weights 5 % too large are seen."""
+    x, k, n = _activations(100, 3), 100, 50
+    total = torch.zeros(k, dtype=torch.float64)
+    for step in range(STEPS):
+        columns, weights = choose(x, torch.full((n,), (2 * step + 1) * PLACES // (2 * STEPS)))
+        total.index_add_(0, columns, 1.05 * weights.double() / STEPS)
+    assert (total - 1).abs().max() > 2 * 20 * k / n / STEPS
 
 
 def test_norms_decide() -> None:
@@ -74,7 +83,37 @@ def test_norms_decide() -> None:
 def test_the_whole_is_a_sample_of_itself() -> None:
     columns, weights = choose(_activations(64, 2), draw_columns(64, 1.0))
     assert columns.equal(torch.arange(64))
-    assert (weights - 1).abs().max() <= 64 / 2**13
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    x, draws = _activations(256, 4), draw_columns(256, 0.5)
+    expected = choose(x, draws)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = choose(x, draws)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.weights.dtype == torch.float32
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [32, 128, 500])
+def test_first_tokens_do_not_decide_alone(length: int) -> None:
+    """256 sequences whose first tokens are alike: a step as long as a sequence would see nothing else."""
+    x = torch.ones(256, length, 4096, dtype=torch.bfloat16)
+    x[:, 0, :2048], x[:, 1:, 2048:] = 100, 10
+    columns, _ = choose(x.view(-1, 4096), draw_columns(4096, 0.25))
+    assert (columns >= 2048).float().mean() > 0.2
+
+
+def test_draws_out_of_range_are_the_nearest() -> None:
+    x = _activations(20, 1)
+    for value, nearest in ((-5, 0), (1 << 40, PLACES - 1)):
+        found, expected = (choose(x, torch.full((7,), number)) for number in (value, nearest))
+        assert torch.equal(found.columns, expected.columns)
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan, 1e30, 1e-30])
@@ -95,7 +134,7 @@ def test_many_columns_and_tokens(dtype: torch.dtype) -> None:
     x = torch.ones(600, k, dtype=dtype)
     columns, weights = choose(x, draw_columns(k, 0.5))
     assert len(columns) == k // 2
-    assert (weights - 2).abs().max() < 0.01
+    assert (weights - 2).abs().max() < 1e-3
 
 
 def test_draws_follow_the_generator() -> None:

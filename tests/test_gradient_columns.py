@@ -117,6 +117,21 @@ def test_compiled_layers_draw_anew_without_compiling_again() -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_layers_follow_a_change() -> None:
+    """Every fraction is a graph of its own, and so is a layer's with another fraction."""
+    torch._dynamo.reset()
+    model = _stack(gradient_columns=0.5)
+    model[1].gradient_columns = 0.125
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    for fraction, most in ((0.5, 48), (0.25, 24), (0.125, 12), (1.0, 96), (0.75, 72)):
+        model[0].gradient_columns = fraction
+        _gradients(model, lambda m: m(X))
+        assert most * 0.5 < _drawn(model[0]).sum() <= most
+        assert _drawn(model[1]).sum() <= 12
+    torch._dynamo.reset()
+
+
 def test_opcheck(device: torch.device) -> None:
     problem = gaussian(9, 12, 10, 3, 4, device=device)
     draws = torch.arange(4, device=device)
@@ -132,7 +147,7 @@ def test_copies_and_pickles_keep_it() -> None:
     layer = make(gradient_columns=0.25)
     assert copy.deepcopy(layer).gradient_columns == 0.25
     assert pickle.loads(pickle.dumps(layer)).gradient_columns == 0.25
-    del layer._gradient_columns  # as in a pickle of an earlier version
+    del layer._gradient_columns, layer._sample_size  # as in a pickle of an earlier version
     assert layer.gradient_columns == 1.0
 
 
@@ -168,6 +183,19 @@ def test_it_is_saved_where_it_is_not_1(tmp_path: Path) -> None:
     save_dual_lora(model, tmp_path / "sampled")
     again = load_dual_lora(llama(), tmp_path / "sampled")
     assert {layer.gradient_columns for _, layer in dual_lora_adapters(again)} == {0.25}
+
+
+def test_the_plain_doors_pefts_files_have_it_where_it_is_the_same_below_1(tmp_path: Path) -> None:
+    model = apply_dual_lora(llama(), configuration())
+    for fractions, saved in (((1.0, 1.0), None), ((0.5, 0.5), 0.5), ((0.5, 1.0), None)):
+        layers = [adapter for _, adapter in dual_lora_adapters(model)]
+        for index, layer in enumerate(layers):
+            layer.gradient_columns = fractions[index == 0]
+        model.save_pretrained(tmp_path / "adapter")
+        settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert settings.get("gradient_columns") == saved
+        again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+        assert {layer.gradient_columns for _, layer in dual_lora_adapters(again)} == {saved or 1.0}
 
 
 def test_pefts_files_have_it_and_may_lack_it(tmp_path: Path) -> None:

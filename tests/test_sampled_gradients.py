@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.layers.memory import peak_temporary_bytes
-from dual_lora_kernels import draw_columns, dual_lora_linear, panels, reference, settings, strategy
+from dual_lora_kernels import (
+    available_backends,
+    draw_columns,
+    dual_lora_linear,
+    panels,
+    reference,
+    settings,
+    strategy,
+)
 from dual_lora_kernels.backends.grid import TILE, Part, RankProducts, drawn_groups, spans
 from dual_lora_kernels.column_sampling import Sample, choose
 from dual_lora_kernels.self_check.problems import FUSED_RANK, Problem, exact, gaussian, naive_gradients
@@ -40,7 +48,10 @@ def _run(problem: Problem, draws: torch.Tensor | None, **options: Any) -> list[t
 
 def _specified(problem: Problem, sample: Sample, **options: Any) -> list[torch.Tensor]:
     """∂A, ∂B, ∂C, ∂D of the specification from a sample."""
-    weights = torch.zeros(problem.x.shape[1], device=problem.x.device).index_add_(0, *sample)
+    columns, weights = sample
+    weights = torch.zeros(problem.x.shape[1], dtype=torch.float64, device=problem.x.device).index_add_(
+        0, columns, weights.double()
+    )
     found = reference.linear_gradients(
         problem.grad, problem.x, problem.weight, *problem.factors, weights=weights, **options
     )
@@ -65,22 +76,20 @@ def test_against_the_specification_in_fp64(
     truth = _specified(problem, choose(problem.x, draws), ste=ste)
     _, _, *computed = _run(problem, draws, ste=ste, backend=backend)
     for name, value, expected in zip(FACTORS, computed, truth, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_bits_under_exact_arithmetic(device: torch.device, backend: str, dtype: torch.dtype) -> None:
-    """∂A and ∂C are exact before their weights, which are the last multiplication; so ∂B and ∂D with weights of 2."""
-    problem = exact(5, 70, 300, 3, 7, dtype=dtype, device=device)
-    problem.x.fill_(1.0)  # equal norms: every column's weight is 2, or 4 where it comes twice
+    problem = exact(5, 70, 256, 3, 7, dtype=dtype, device=device)
+    problem.x.fill_(1.0)  # equal norms: every weight is 2, a power of two
     draws = _draws(problem, 0.5)
     sample = choose(problem.x, draws)
-    sample = Sample(sample.columns, sample.weights.round())
+    assert (sample.weights == 2).all()
     truth = _specified(problem.to(torch.float32), sample)
     _, _, *computed = _run(problem, draws, backend=backend)
     for name, value, expected in zip(FACTORS, computed, truth, strict=True):
-        weight = 2 / choose(problem.x, draws).weights[0]  # off by the rounding of chances to 14 bits
-        torch.testing.assert_close(value * weight, expected, rtol=2e-3, atol=1e-3, msg=name)
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize("workspace", [1 << 16, 1 << 25])
@@ -139,15 +148,14 @@ def test_the_naive_implementation_is_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_output_and_input_gradient_stay_exact(device: torch.device, backend: str, dtype: torch.dtype) -> None:
+def test_the_output_stays_exact(device: torch.device, backend: str, dtype: torch.dtype) -> None:
     problem = gaussian(7, 60, 70, 4, 3, dtype=dtype, device=device)
     whole, sampled = (_run(problem, draws, backend=backend) for draws in (None, _draws(problem, 0.25)))
     assert torch.equal(bits(whole[0]), bits(sampled[0]))
-    torch.testing.assert_close(whole[1], sampled[1])  # another pass may cut other panels; W's bits are the same
 
 
 def test_an_input_gradient_reads_the_same_weight(device: torch.device, backend: str) -> None:
-    """G = I gives ∂X = W."""
+    """G = I gives ∂X = W. (∂X of another G comes from panels that may be cut otherwise: its sums' order differs.)"""
     problem = gaussian(60, 60, 70, 4, 3, dtype=torch.bfloat16, device=device)
     grad = torch.eye(60, dtype=torch.bfloat16, device=device)
     found = []
@@ -163,7 +171,7 @@ def test_the_mean_over_draws_is_the_exact_gradient(ste: str) -> None:
     """With a bound that clips. Entries share their draws, so what varies about 1 has a few dozen degrees of freedom."""
     problem = _uneven()
     truth = _run(problem, None, ste=ste, clip_bound=BOUND)[2:]
-    assert all(excess < 2 for excess in _excesses(problem, ste, truth))
+    assert all(excess < 1.8 for excess in _excesses(problem, ste, truth))
 
 
 def test_clipping_after_the_weights_would_be_biased() -> None:
@@ -172,7 +180,7 @@ def test_clipping_after_the_weights_would_be_biased() -> None:
     exact_gradients = _run(problem, None, clip_bound=BOUND)[2:]
     as_if_clipped_later = _run(problem, None, clip_bound=BOUND / 3)[2:]  # the bound of entries with a weight of 3
     assert all(excess > 8 for excess in _excesses(problem, "clip", as_if_clipped_later)[2:])
-    assert all(excess > 8 for excess in _excesses(problem, "clip", [gradient / 3 for gradient in exact_gradients]))
+    assert all(excess > 3 for excess in _excesses(problem, "clip", [gradient * 0.8 for gradient in exact_gradients]))
 
 
 def _uneven() -> Problem:
@@ -275,7 +283,7 @@ def test_a_sampled_step_stays_within_the_workspace(device: torch.device, backend
 
 def test_without_an_input_gradient_the_native_backend_uses_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """They once ran on a thread of the eager backend's, which has one thread for products."""
-    if "native" not in {case.name for case in __import__("tests.conftest", fromlist=["CASES"]).CASES}:
+    if "native" not in available_backends():
         pytest.skip("the native backend is not built")
     called: list[threading.Thread] = []
     passes = panels.parameter_gradients

@@ -13,6 +13,7 @@ from dual_lora_kernels.backends.triton.architecture import Architecture
 from dual_lora_kernels.backends.triton.arguments import Hashes
 from dual_lora_kernels.backends.triton.launch import Launch
 from dual_lora_kernels.backends.triton.shapes import BLOCK_RANKS, TABLE, PanelShape, ProductShape, Shapes
+from dual_lora_kernels.column_sampling import Sample
 from dual_lora_kernels.precision import accumulation_dtype
 from dual_lora_kernels.quantised.four_bit import FourBitLayout, FourBitWeight
 from dual_lora_kernels.tuning.kernel_calls import RANK
@@ -104,8 +105,8 @@ class Case:
         base = _four_bit_weight(rows, columns, compute) if self.four_bit else DenseBase(weight)
         block = Block(base, factors, "dither", compute)
         if self.drawn:
-            columns_drawn = (_meta(columns, dtype=dtype) for dtype in (torch.int64, torch.float32))
-            block = block._replace(base=None, drawn=Drawn(factors.A, factors.C, *columns_drawn))
+            sample = Sample(*(_meta(columns, dtype=dtype) for dtype in (torch.int64, torch.float32)))
+            block = block._replace(base=None, drawn=Drawn(factors.A, factors.C, sample))
         inputs, outputs = (_meta(self.tokens, features, dtype=compute) for features in (columns, rows))
         if self.kernel in ("forward", "input_gradient"):
             assert isinstance(self.shape, ProductShape)

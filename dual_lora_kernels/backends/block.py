@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..column_sampling import Sample
 from ..precision import accumulation_dtype
 from ..quantised.weight import QuantisedWeight
 
@@ -194,18 +195,17 @@ class ReadsBases(Protocol):
 class Drawn(NamedTuple):
     """Where the columns of a block were gathered from, and how they count in sums over columns.
 
-    The block's A and C are `columns` [k], int64, ascending, of these. In ∂B and ∂D column i counts `weights[i]` times
-    (fp32 [k]); its ∂A and ∂C are left as they are. A and C are for backends whose bits depend on a column's place.
+    The block's A and C are the sample's columns of these. In ∂B and ∂D column i counts ``sample.weights[i]`` times; its
+    ∂A and ∂C are left as they are. A and C are for backends whose bits depend on a column's place.
     """
 
     A: torch.Tensor
     C: torch.Tensor
-    columns: torch.Tensor
-    weights: torch.Tensor
+    sample: Sample
 
     def part(self, start: int, stop: int) -> Drawn:
         """Of columns start … stop of the block."""
-        return self._replace(columns=self.columns[start:stop], weights=self.weights[start:stop])
+        return self._replace(sample=self.sample.part(start, stop))
 
 
 class Block(NamedTuple):

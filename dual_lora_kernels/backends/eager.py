@@ -121,7 +121,7 @@ class EagerBackend:
         grad_scratch = h.new_empty(p_scratch.numel() if gradients.direction_wanted else 0, dtype=dtype)
         for rows, columns, arrange, (p, q) in _pieces(block, products, most, p_scratch, q_scratch):
             near = wide.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
-            weights = None if drawn is None else drawn.weights[columns]
+            weights = None if drawn is None else drawn.sample.weights[columns]
             grads = gradients.rows(rows.start, rows.stop).columns(columns.start, columns.stop)
             scaled = h[rows, columns].to(dtype).mul_(block.factors.scale)
             p.relu_()
@@ -155,7 +155,7 @@ def _pieces(block: Block, products: RankProducts, most: int, p: torch.Tensor, q:
         for part in parts(block.origin, torch.Size((rows, columns)), most):
             yield part.rows.lines, part.columns.lines, part.tiles, products.write(part, p, q)
         return
-    groups = list(drawn_groups(drawn.columns, block.col0, most))
+    groups = list(drawn_groups(drawn.sample.columns, block.col0, most))
     for row_span in spans(block.row0, rows, 1):
         for own, tiles, places in groups:
             yield row_span.lines, own, _as_it_is, products.write_drawn(Part(row_span, tiles), places, p, q)

@@ -82,7 +82,7 @@ class NativeBackend:
         self, h: torch.Tensor, block: Block, estimator: Estimator, gradients: ParameterGradients, settings: Settings
     ) -> None:
         budget, kind = self.gradient_temporaries(settings.workspace, block.factors), _ESTIMATORS[estimator.kind]
-        weights = None if block.drawn is None else block.drawn.weights
+        weights = None if block.drawn is None else block.drawn.sample.weights
         _ops.cpu_factor_gradients(h, block.factors, weights, gradients[:4], kind, estimator.bound, budget)
 
     def weight_and_factor_gradients(

@@ -101,7 +101,7 @@ def factor_gradients(
     `partials`, in H's dtype: up [column groups, rows, r1 + r2] and down [row tiles, columns, r1 + r2].
     """
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
-    weights = None if block.drawn is None else block.drawn.weights
+    weights = None if block.drawn is None else block.drawn.sample.weights
 
     def plan() -> Plan:
         tile = (shape.rows, shape.columns)
@@ -200,7 +200,7 @@ def token_product(
     """Partial factor gradients of G [tokens, rows] and X [tokens, columns]; partials as in `factor_gradients`."""
     wanted = (gradients.magnitude_wanted, gradients.direction_wanted)
     precision = _product_precision(input.dtype, chip)
-    factors, weights = block.factors, None if block.drawn is None else block.drawn.weights
+    factors, weights = block.factors, None if block.drawn is None else block.drawn.sample.weights
 
     def plan() -> Plan:
         (tokens, rows), columns = grad.shape, input.shape[1]
