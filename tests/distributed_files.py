@@ -26,6 +26,7 @@ from dual_lora_kernels import (
     load_dual_lora_state_dict,
     merge_dual_lora,
     save_dual_lora,
+    set_gradient_columns,
 )
 from dual_lora_kernels.distributed import (
     latest_checkpoint,
@@ -232,6 +233,22 @@ def resume(name: str, other: str, folder: Path) -> tuple[list[float], list[float
     again = _Run(other)
     assert again.load(folder) == 2
     return went_on, again.steps(2, 5)
+
+
+def resume_samples(folder: Path) -> tuple[list[float], list[float]]:
+    """`resume` in the same layout, with samples of columns that processes draw by themselves."""
+    torch.manual_seed(100 + dist.get_rank())
+    runs = []
+    for _ in range(2):
+        run = _Run("ddp")
+        run.model.train()
+        set_gradient_columns(run.model, 0.5)
+        runs.append(run)
+    runs[0].steps(0, 2)
+    runs[0].save(folder, 2)
+    went_on = runs[0].steps(2, 6)
+    assert runs[1].load(folder) == 2
+    return went_on, runs[1].steps(2, 6)
 
 
 def several(folder: Path) -> None:

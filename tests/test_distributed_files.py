@@ -88,6 +88,11 @@ def test_resuming_in_another_layout(two: Processes, layout: str, other: str, tmp
         assert again == pytest.approx(went_on, rel=2e-6)
 
 
+def test_a_resumed_run_draws_the_same_samples(two: Processes, tmp_path: Path) -> None:
+    for went_on, again in two.run(files.resume_samples, tmp_path):
+        assert again == went_on
+
+
 def test_a_checkpoint_is_whole_or_not_there(two: Processes, tmp_path: Path) -> None:
     two.run(files.several, tmp_path)
 

@@ -49,7 +49,7 @@ def save_checkpoint(
 
     All processes have to call this; `folder` is one that all of them see. The checkpoint gets its name once every
     process has written its part, so a process that dies meanwhile leaves the earlier ones, and a ``.unfinished`` folder
-    that the next call removes.
+    that the next call removes. It has each process's random state of PyTorch, too.
 
     Args:
         folder: of this run's checkpoints alone: the newest is the one of the highest step. Made if need be.
@@ -70,7 +70,7 @@ def save_checkpoint(
     target = folder / f"step-{step:08d}"
     unfinished = target.with_suffix(_UNFINISHED)
     in_rank_0(lambda: _clear(folder))
-    save(state, checkpoint_id=str(unfinished))
+    save(state | {"random": _random_states()}, checkpoint_id=str(unfinished))
     in_rank_0(lambda: _finish(unfinished, target, keep))
     return target
 
@@ -94,7 +94,7 @@ def load_checkpoint(
     """Load what `save_checkpoint` wrote, and return its step. Arguments as there.
 
     The model has to be adapted, and sharded, before; it may be sharded otherwise than when it was saved. All processes
-    have to call this.
+    have to call this. A process gets the random state of PyTorch that the one of its rank had, if there was one.
 
     Raises:
         ValueError: `checkpoint` is no finished checkpoint, or lacks something of the model, or has it in other shapes.
@@ -106,10 +106,12 @@ def load_checkpoint(
     if match is None or not (checkpoint / ".metadata").is_file():
         raise ValueError(f"checkpoint: got {str(checkpoint)!r}, expected a folder that save_checkpoint has finished")
     state = _state(model, optimizer, stateful)
-    _check_fits(checkpoint, state["model"])
+    saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    _check_fits(checkpoint, saved, state["model"])
+    random = {name: each for name, each in _random_states().items() if f"random.{name}" in saved}
     state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}  # loading may fail
     try:
-        load(state, checkpoint_id=str(checkpoint))
+        load(state | {"random": random}, checkpoint_id=str(checkpoint))
     except CheckpointException as error:
         reason = next(iter(error.failures.values()), (error,))[0]
         raise ValueError(f"checkpoint: got {str(checkpoint)!r}, which does not fit: {reason}") from error
@@ -120,6 +122,8 @@ def load_checkpoint(
         copy_into(own[name], tensor)
     for _, adapter in dual_lora_adapters(model):
         automatic_warmup.resume(adapter)
+    for name, random_state in random.items():
+        torch.cuda.set_rng_state(random_state) if name.endswith("cuda") else torch.set_rng_state(random_state)
     step = int(match.group(1))
     _logger.info("loaded step %d from %s", step, checkpoint)
     return step
@@ -147,6 +151,15 @@ def _state(
     return state | {f"stateful.{name}": each for name, each in (stateful or {}).items()}
 
 
+def _random_states() -> dict[str, torch.Tensor]:
+    """PyTorch's random state in this process, of the CPU and of its GPU, by rank and device."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    states = {f"rank{rank}_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"rank{rank}_cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """What of a model trains, its adapters, and modules saved whole, by name."""
     inner = unwrapped(model)
@@ -164,9 +177,8 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _check_fits(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the checkpoint has what the model has, in its shapes."""
-    saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+def _check_fits(checkpoint: Path, saved: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the checkpoint with the metadata `saved` has what the model has, in its shapes."""
     for name, tensor in state.items():
         entry = saved.get(f"model.{name}")
         shape = None if entry is None else tuple(getattr(entry, "size", ()))
