@@ -115,7 +115,8 @@ class DualLoraAdapter(nn.Module):
     def gradient_columns(self, fraction: float) -> None:
         self._gradient_columns = check_fraction("gradient_columns", fraction)
         # What calls read is an integer: torch.compile makes a symbol of a float that has changed once.
-        self._sample_size = None if fraction == 1 else sample_size(self.in_features, fraction)
+        count = sample_size(self.in_features, fraction)
+        self._sample_size = count if count < self.in_features else None
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -308,7 +309,10 @@ class DualLoraAdapter(nn.Module):
             automatic_warmup.resume(self)
 
     def extra_repr(self) -> str:
-        return f"r1={self.r1}, r2={self.r2}, alpha={self.alpha:g}, ste={self.ste!r}, rounding={self.rounding!r}"
+        sampled = "" if self._sample_size is None else f", gradient_columns={self.gradient_columns:g}"
+        return (
+            f"r1={self.r1}, r2={self.r2}, alpha={self.alpha:g}, ste={self.ste!r}, rounding={self.rounding!r}{sampled}"
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

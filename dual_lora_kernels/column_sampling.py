@@ -3,7 +3,7 @@
 A column of H = Gᵀ X is at most as large as its column of X allows, and activations have columns that are much larger
 than others. Chances in proportion to the norms, 1 at most, give estimates of less variance than equal ones
 (docs/decisions.md). Norms are rounded to integers, and all else is exact: a column's weight is the inverse of its
-chance, and the same input gives the same sample everywhere. Sizes do not depend on the norms, so nothing waits for the
+chance, and the same norms give the same sample everywhere. Sizes do not depend on the norms, so nothing waits for the
 device.
 """
 
@@ -18,12 +18,16 @@ from .validation import check_fraction, check_positive_int
 _PLACES = 1 << 31
 """Places within a stratum that a draw can choose."""
 _MEAN = 1 << 12
-"""The mean norm as an integer. Products of it, a million columns and `_PLACES` stay below 2⁶³."""
+"""The mean norm as an integer. Products of it, half a million columns and `_PLACES` stay below 2⁶³."""
 _LEAST = _MEAN // 10
 """The least norm, which bounds weights: a column that looks like zeros may not be where nobody has looked."""
 _LOOKED_AT = 1 << 20
 """Elements of X, at most, from which norms are taken: 256 tokens of 4096 columns. A pass over 2048 tokens took 3 % of a
 layer's step, and chances may be any as long as weights are their inverse."""
+
+
+_GOLDEN = 2654435769
+"""2³² over the golden ratio."""
 
 
 class Sample(NamedTuple):
@@ -101,9 +105,13 @@ def gathered(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 def _norms(x: torch.Tensor) -> torch.Tensor:
     """Norms of X's columns [M, K] over some of the tokens, as integers with a mean of about `_MEAN`: int64 [K].
 
-    The step from token to token is odd: sequences are of even lengths, and their first tokens are alike.
+    Tokens lie at multiples of the golden ratio: at equal distances, of a sequence's length say, they may all be alike.
+    A column whose square overflows counts as 10³⁰.
     """
-    some = x[:: -(-x.numel() // _LOOKED_AT) | 1]
-    norms = some.to(torch.float32).square().sum(0).sqrt_().nan_to_num_(nan=0.0, posinf=0.0)
+    tokens, wanted = x.shape[0], max(1, _LOOKED_AT // x.shape[1])
+    if wanted < tokens:
+        multiples = torch.arange(wanted, device=x.device) * _GOLDEN % (1 << 32)
+        x = x.index_select(0, multiples * tokens >> 32)
+    norms = x.to(torch.float32).square().sum(0).sqrt_().nan_to_num_(nan=0.0, posinf=1e30)
     relative = norms / norms.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return (relative * _MEAN).to(torch.int64).clamp_(min=_LEAST)

@@ -127,6 +127,9 @@ def set_gradient_columns(model: nn.Module, fraction: float) -> None:
         raise ValueError(f"model: got {type(model).__name__} without Dual LoRA layers, expected an adapted model")
     for adapter in adapters:
         adapter.gradient_columns = fraction
+    for config in getattr(unwrapped(model), "peft_config", {}).values():  # what PEFT saves
+        if hasattr(config, "gradient_columns"):
+            config.gradient_columns = fraction
 
 
 def merge_dual_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -100,13 +100,22 @@ def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("length", [32, 128, 500])
+@pytest.mark.parametrize("length", [32, 33, 65, 99, 128])
 def test_first_tokens_do_not_decide_alone(length: int) -> None:
-    """256 sequences whose first tokens are alike: a step as long as a sequence would see nothing else."""
-    x = torch.ones(256, length, 4096, dtype=torch.bfloat16)
-    x[:, 0, :2048], x[:, 1:, 2048:] = 100, 10
-    columns, _ = choose(x.view(-1, 4096), draw_columns(4096, 0.25))
-    assert (columns >= 2048).float().mean() > 0.2
+    """1024 sequences whose first tokens are alike: a step as long as a sequence would see nothing else."""
+    x = torch.ones(1024, length, 1024, dtype=torch.bfloat16)
+    x[:, 0, :512], x[:, 1:, 512:] = 100, 10
+    columns, _ = choose(x.view(-1, 1024), draw_columns(1024, 0.25))
+    assert (columns >= 512).float().mean() > 0.2
+
+
+def test_a_column_that_overflows_is_large() -> None:
+    x = torch.randn(5, 40, dtype=torch.float64)
+    x[:, 7] = 1e200
+    for seed in range(9):
+        columns, weights = choose(x, draw_columns(40, 0.25, generator=torch.Generator().manual_seed(seed)))
+        assert (columns == 7).sum() == 1
+        assert weights[columns == 7] == 1
 
 
 def test_draws_out_of_range_are_the_nearest() -> None:
@@ -129,7 +138,7 @@ def test_any_input(value: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_many_columns_and_tokens(dtype: torch.dtype) -> None:
-    """As wide as layers get: sums of chances stay exact."""
+    """As wide as layers get."""
     k = 53_248
     x = torch.ones(600, k, dtype=dtype)
     columns, weights = choose(x, draw_columns(k, 0.5))

@@ -82,8 +82,12 @@ def test_every_call_draws_anew_and_a_seed_decides() -> None:
 
 def test_evaluation_mode_is_exact() -> None:
     layer = make(in_features=96, gradient_columns=0.25).eval()
-    assert _gradients(layer, lambda model: model(X)) is not None
-    assert _drawn(layer).all()
+    found = _gradients(layer, lambda model: model(X))
+    before = torch.get_rng_state()
+    layer(X)
+    assert torch.equal(torch.get_rng_state(), before)
+    expected = _gradients(make(in_features=96), lambda model: model(X))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -103,10 +107,11 @@ def test_frozen_factors_draw_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_compiled_layers_draw_anew_without_compiling_again() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_layers_draw_anew_without_compiling_again(compiler: str) -> None:
     torch._dynamo.reset()
     model = _stack(gradient_columns=0.25)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     seen = []
     for seed in range(3):
         with torch._dynamo.config.patch(error_on_recompile=True) if seed else torch.enable_grad():
@@ -196,6 +201,26 @@ def test_the_plain_doors_pefts_files_have_it_where_it_is_the_same_below_1(tmp_pa
         assert settings.get("gradient_columns") == saved
         again = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
         assert {layer.gradient_columns for _, layer in dual_lora_adapters(again)} == {saved or 1.0}
+
+
+def test_pefts_files_follow_a_change(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), peft_door.DualLoraConfig(target_modules="all-linear", gradient_columns=0.25))
+    set_gradient_columns(model, 0.5)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    assert {layer.gradient_columns for _, layer in dual_lora_adapters(again)} == {0.5}
+
+
+def test_it_is_shown() -> None:
+    assert "gradient_columns=0.25" in repr(make(gradient_columns=0.25))
+    assert "gradient_columns" not in repr(make())
+
+
+def test_so_many_columns_that_none_is_left_out() -> None:
+    layer = make(in_features=96, gradient_columns=0.999)
+    before = torch.get_rng_state()
+    layer(X)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_pefts_files_have_it_and_may_lack_it(tmp_path: Path) -> None:

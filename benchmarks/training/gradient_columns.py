@@ -259,7 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.markdown_table(HEADINGS, table),
         f"Nats per byte after {STEPS} steps of {BATCH} × {LENGTH} bytes; at each configuration's own best of three "
         "learning rates by the validation loss with seed 0. `package` is what `gradient_columns` does, the others are "
-        "experiments (benchmarks/training/column_samples.py). To exact: the mean difference to Dual LoRA with all "
+        "experiments (benchmarks/training/column_samples.py), whose blocks are whole, so that some have fewer columns. "
+        "To exact: the mean difference to Dual LoRA with all "
         "columns, seed by seed, and its standard error.",
         sentence(about),
     ]

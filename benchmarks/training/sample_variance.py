@@ -112,11 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in track(SAMPLERS, description=label, console=console):
                 medians: dict[float, tuple[float, float]] = {}
                 for fraction in FRACTIONS:
-                    fitting = [call for call in found if can_sample(name, call.x.shape[1], fraction)]
-                    pairs = [variances(call, name, fraction) for call in fitting]
+                    if not all(can_sample(name, call.x.shape[1], fraction) for call in found):
+                        continue
+                    pairs = [variances(call, name, fraction) for call in found]
                     medians[fraction] = tuple(map(statistics.median, zip(*pairs, strict=True)))  # type: ignore[assignment]
                 rows.append({"model": label, "sample": name, "medians": medians})
-                cells.append((label, name, *(f"{medians[p][part]:.2f}" for part in (0, 1) for p in FRACTIONS)))
+                columns = ((part, p) for part in (0, 1) for p in FRACTIONS)
+                shown = (f"{medians[p][part]:.2f}" if p in medians else "–" for part, p in columns)
+                cells.append((label, name, *shown))
     report.print_table("Relative variance", HEADINGS, cells, console)
     spread = "; ".join(
         f"{family}: median {statistics.median(p):.1f}, largest {max(p):.1f}" for family, p in peaks.items()
@@ -125,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Relative variance of gradients from a sample of columns",
         report.markdown_table(HEADINGS, cells),
         f"E‖ĝ − g‖² / ‖g‖², medians over the layers; {DRAWS} draws. `package` is what `gradient_columns` does, the "
-        "others are experiments (benchmarks/training/column_samples.py). Peaks, the largest norm of a column of X over "
-        f"the root mean square of all: {spread}.",
+        "others are experiments (benchmarks/training/column_samples.py), whose blocks are whole, so that some have "
+        f"fewer columns. Peaks, the largest norm of a column of X over the root mean square of all: {spread}.",
         sentence(about),
     ]
     report.write(options.out, STEM, {"environment": about, "draws": DRAWS, "peaks": peaks, "rows": rows}, paragraphs)

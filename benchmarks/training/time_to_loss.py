@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.time_to_loss
 
-The base is the demo's Llama, wider, pre-trained as there and adapted to the standard library's sources with the rates
-that `gradient_columns` found. Times are a method's steps times the median of its steps' seconds: data loading and
+The base is the demo's Llama, wider, pre-trained as there and adapted to the standard library's sources with the demo's
+rates. Times are a method's steps times the median of its steps' seconds: data loading and
 evaluation do not count, and a disturbed step does not move the rest. Methods run one after the other.
 """
 
@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     transformers_logging.set_verbosity_error()
-    options.work.mkdir(parents=True, exist_ok=True)
+    for folder in (options.work, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     make_base("Llama", options.work, WIDTH, PRETRAIN_STEPS)
     about = environment(torch.device("cpu"))
@@ -113,8 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.markdown_table(HEADINGS, cells(curves)),
         f"![Held-out loss over seconds]({STEM}.png)",
         "Held-out loss in nats per byte; seconds are steps times the median of a method's steps, without evaluation. "
-        "Equal trainable parameters; the learning rates are those that gradient_columns.md found best for the small "
-        "Llama. One seed.",
+        "Equal trainable parameters; the demo's learning rates, which were found for a model of half the width. One "
+        "seed.",
         f"Load average {after} at the end; {sentence(about)}",
     ]
     document = {"environment": about, "curves": {name: asdict(curve) for name, curve in curves.items()}}
