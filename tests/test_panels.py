@@ -154,7 +154,8 @@ def _passes(problem: Problem, backend: str, ste: str = "clip", rounding: str = "
     output = ops.linear(problem.x, [problem.weight], "", factors, problem.bias, *options)
 
     def gradients(*wanted: bool) -> list[torch.Tensor]:
-        return ops.gradients(problem.grad, problem.x, [problem.weight], "", factors, list(wanted), ste, 1.0, *options)
+        given = (problem.grad, problem.x, [problem.weight], "", factors, list(wanted), ste, 1.0, None)
+        return ops.gradients(*given, *options)
 
     # The weight's by itself: with it, the factors' gradients never come from a fused kernel.
     grad_x, *grads = gradients(True, True, True, True, True, False)
