@@ -5,15 +5,17 @@ tests/test_native_operators.py runs this file again on the processor's other ins
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dual_lora_kernels import reference
+from dual_lora_kernels import dual_lora_linear, panels, reference
 from dual_lora_kernels.backends import Block, Estimator, Factors, ParameterGradients, Settings, base_of
 from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
@@ -302,3 +304,19 @@ def test_every_kernel_and_block_has_one_weight(
     )
     product = _few_tokens(x, problem.weight, problem.factors, None, "dither")
     assert torch.equal(product, whole.view(dtype)[:, picked].t())
+
+
+def test_without_an_input_gradient_the_native_backend_uses_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They once ran on a thread of the eager backend's, which has one thread for products."""
+    called: list[threading.Thread] = []
+    passes = panels.parameter_gradients
+
+    def recorded(*args: Any) -> None:
+        called.append(threading.current_thread())
+        passes(*args)
+
+    monkeypatch.setattr(panels, "parameter_gradients", recorded)
+    problem = gaussian(7, 600, 700, 4, 3).requiring_grad()
+    out = dual_lora_linear(problem.x.detach(), problem.weight.detach(), *problem.factors, backend="native")
+    out.backward(problem.grad)
+    assert called == [threading.main_thread()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -12,10 +11,8 @@ from hypothesis import strategies as st
 
 from benchmarks.layers.memory import peak_temporary_bytes
 from dual_lora_kernels import (
-    available_backends,
     draw_columns,
     dual_lora_linear,
-    panels,
     reference,
     settings,
     strategy,
@@ -279,24 +276,6 @@ def test_a_sampled_step_stays_within_the_workspace(device: torch.device, backend
     output, norms = tokens * rows * dtype.itemsize, min(tokens * columns, 1 << 20) * 4
     assert trace.largest <= max(workspace, output, norms)
     assert trace.peak_temporary <= workspace + 2 * norms + thin
-
-
-def test_without_an_input_gradient_the_native_backend_uses_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They once ran on a thread of the eager backend's, which has one thread for products."""
-    if "native" not in available_backends():
-        pytest.skip("the native backend is not built")
-    called: list[threading.Thread] = []
-    passes = panels.parameter_gradients
-
-    def recorded(*args: Any) -> None:
-        called.append(threading.current_thread())
-        passes(*args)
-
-    monkeypatch.setattr(panels, "parameter_gradients", recorded)
-    problem = gaussian(7, 600, 700, 4, 3).requiring_grad()
-    out = dual_lora_linear(problem.x.detach(), problem.weight.detach(), *problem.factors, backend="native")
-    out.backward(problem.grad)
-    assert called == [threading.main_thread()]
 
 
 @pytest.mark.parametrize(
