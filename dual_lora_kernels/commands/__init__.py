@@ -1,0 +1,1 @@
+"""The subcommands of ``dual-lora``: a file each, whose `add` gives the command line its parser."""
