@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from .config import DualLoraConfig
 from .durable_files import replace_files
 from .linear import DualLoraLinear
+from .safetensors_file import LazyTensors, SafetensorsFile
 from .validation import SUPPORTED_DTYPES
 
 _logger = logging.getLogger("dual_lora_kernels")
@@ -65,25 +65,23 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         raise OSError(error.errno, message) from error
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read what `write_adapter` wrote, or an adapter without metadata that an earlier version wrote.
+def open_adapter_file(folder: Path) -> Adapter:
+    """Open what `write_adapter` wrote, or an adapter without metadata that an earlier version wrote.
 
-    Raises FileNotFoundError where there is none, ValueError where a file is damaged or of another format. Settings in
-    the metadata count; a JSON file that says otherwise is warned of and not used.
+    Its tensors are read when they are asked for, from the file as it is now, whatever takes its place. Raises
+    FileNotFoundError where there is none, ValueError where a file is damaged or of another format. Settings in the
+    metadata count; a JSON file that says otherwise is warned of and not used.
     """
     weights_file, settings_file = folder / WEIGHTS_FILE, folder / SETTINGS_FILE
     beside = settings_file.read_bytes() if settings_file.is_file() else None
     if not weights_file.is_file():
         raise _missing(weights_file)
-    # Not safe_open or load_file: they open the file a second time for its tensors, and it may be another one by then.
-    data = weights_file.read_bytes()
-    with torch.device("cpu"):  # inside `with torch.device("meta")` too
-        try:
-            state = load(data)
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            raise _unreadable(weights_file, error) from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(SETTINGS_KEY)
+    try:
+        file = SafetensorsFile(weights_file)
+        state = LazyTensors(file, {name: name for name in file.tensors})
+    except ValueError as error:
+        raise _unreadable(weights_file, error) from error
+    text = file.metadata.get(SETTINGS_KEY)
     if text is None:
         if beside is None:
             raise _missing(settings_file)

@@ -14,12 +14,13 @@ from torch import nn
 from . import automatic_warmup
 from .adaptable import linear_features, why_not_adaptable
 from .adapter import FACTOR_NAMES, dual_lora_adapters, factor_shapes, plain_modules, plain_name, unwrapped
-from .adapter_files import WEIGHTS_FILE, Adapter, read_adapter, write_adapter
+from .adapter_files import Adapter, write_adapter
 from .adapter_state import SAVED_TENSORS, adapter_of, adapter_tensors, check_value, saved_modules
 from .config import DualLoraConfig
 from .linear import dual_lora_layers, layers_to
 from .model import adapt, check_not_distributed
-from .peft_files import PEFT_CONFIG_FILE, read_peft_files
+from .peft_files import PEFT_CONFIG_FILE
+from .saved_adapter import open_adapter
 from .sharding import check_gathered, copy_into, full, in_first, reshard
 from .targets import refuse_tied
 from .validation import check_tensor
@@ -113,7 +114,8 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
             `load_dual_lora_state_dict` refuses. Nothing has been changed then.
     """
     folder = Path(folder)
-    adapter = _read(folder)
+    adapter = open_adapter(folder)
+    adapter = adapter._replace(state=dict(adapter.state))  # each tensor is read once
     if next(dual_lora_layers(model), None) is None:
         if next(dual_lora_adapters(model), None) is not None:
             layers_to("load into", model, "load_adapter()")
@@ -132,27 +134,6 @@ def load_dual_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     _fill(model, adapter.state)
     _logger.info("loaded %d layers from %s", len(adapter.configs), folder)
     return model
-
-
-def _read(folder: Path) -> Adapter:
-    """What is in `folder`: an adapter of `save_dual_lora`, or one in PEFT's files. Names as `plain_name` gives them."""
-    configs, state, modules_to_save = _read_as_saved(folder)
-    return Adapter(
-        {plain_name(name): config for name, config in configs.items()},
-        {plain_name(name): tensor for name, tensor in state.items()},
-        tuple(map(plain_name, modules_to_save)),
-    )
-
-
-def _read_as_saved(folder: Path) -> Adapter:
-    if not (folder / PEFT_CONFIG_FILE).is_file():
-        return read_adapter(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(
-            f"folder: got {str(folder)!r}, which holds two adapters, in {WEIGHTS_FILE} and in PEFT's files; expected "
-            "one: remove the older"
-        )
-    return read_peft_files(folder)
 
 
 def _modules_saved_whole(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

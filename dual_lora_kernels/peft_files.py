@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from .adapter_files import Adapter
 from .config import DualLoraConfig
 from .durable_files import replace_files
 from .fields import alpha_for, check_patterns
+from .safetensors_file import DTYPES, LazyTensors, SafetensorsFile, StoredTensor
 from .targets import names_it
 
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -30,8 +29,8 @@ _SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound")
 """Options that PEFT's format has once for all layers."""
 
 
-def read_peft_files(folder: Path) -> Adapter:
-    """Read the adapter that PEFT or `write_peft_files` saved.
+def open_peft_files(folder: Path) -> Adapter:
+    """Open the adapter that PEFT or `write_peft_files` saved; its tensors are read when they are asked for.
 
     Raises FileNotFoundError where a file is missing, ValueError where one is damaged or holds something else.
     """
@@ -44,38 +43,44 @@ def read_peft_files(folder: Path) -> Adapter:
         settings = json.loads(config_file.read_bytes())
         if settings["peft_type"] != PEFT_NAME:
             raise ValueError(f"peft_type: got {settings['peft_type']!r}, expected {PEFT_NAME!r}")
-        with torch.device("cpu"):
-            saved = load(weights_file.read_bytes())
-        return _adapter(settings, saved)
-    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError, RecursionError) as error:
+        return _adapter(settings, SafetensorsFile(weights_file))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"folder: PEFT's files in {str(folder)!r} cannot be read: {error}") from error
 
 
-def _adapter(settings: Mapping[str, Any], saved: Mapping[str, torch.Tensor]) -> Adapter:
+def _adapter(settings: Mapping[str, Any], saved: SafetensorsFile) -> Adapter:
     check_patterns(settings.get("rank_pattern"), settings.get("alpha_pattern"))
-    state, layers, whole = {}, [], set()
-    for key, tensor in saved.items():
+    names, layers, whole = {}, [], set()
+    for key in saved.tensors:
         name = key.removeprefix(_BASE)
         layer, found, tensor_name = name.partition(f".{PEFT_PREFIX}.")
         if found:
-            state[f"{layer}.{tensor_name}"] = tensor
+            names[f"{layer}.{tensor_name}"] = key
             layers += [layer] if tensor_name == "scale" else []
         else:
             whole.add(_saved_module(name, settings.get("modules_to_save") or ()))
-            state[name] = tensor
+            names[name] = key
     if not layers:
         raise ValueError("it names no layers")
+    state = LazyTensors(saved, names)
     configs = {}
     for layer in layers:
+        A, C = state.entry(f"{layer}.A"), state.entry(f"{layer}.C")
         configs[layer] = DualLoraConfig(
-            r1=len(state[f"{layer}.A"]),  # not by rank_pattern, whose keys PEFT sorts: their order decides
-            r2=len(state[f"{layer}.C"]),
+            r1=_rank(layer, "A", A),  # not by rank_pattern, whose keys PEFT sorts: their order decides
+            r2=_rank(layer, "C", C),
             alpha=alpha_for(layer, settings["alpha"], settings.get("alpha_pattern")),
-            adapter_dtype=state[f"{layer}.A"].dtype,
+            adapter_dtype=DTYPES[A.dtype],
             **{option: settings[option] for option in _SHARED},
             gradient_columns=settings.get("gradient_columns", 1.0),  # earlier versions have none
         )
     return Adapter(configs, state, tuple(sorted(whole)))
+
+
+def _rank(layer: str, factor: str, entry: StoredTensor) -> int:
+    if len(entry.shape) != 2:
+        raise ValueError(f"{layer}.{factor} has shape {entry.shape}, expected [rank, in_features]")
+    return entry.shape[0]
 
 
 def _saved_module(name: str, modules_to_save: Any) -> str:
