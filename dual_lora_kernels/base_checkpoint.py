@@ -1,4 +1,4 @@
-"""A model's checkpoint on disk, as transformers writes it: its shards, read piece by piece, and where layers' weights are.
+"""A model's checkpoint on disk, as transformers writes it: shards that are read piece by piece, and layers' weights.
 
 Nothing in the folder is executed or unpickled, and no file outside of it is named by one in it.
 """
@@ -55,11 +55,11 @@ class StoredWeight(NamedTuple):
         return DTYPES[self.entry.dtype]
 
     def blocks(self, budget: int) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
-        """((first row, first column), W0's block [n, k]): all of W0, in blocks of at most `budget` bytes, one at a time.
+        """((first row, first column), W0's block [n, k]): all of W0, in blocks of at most `budget` bytes.
 
-        A block is a view, and the next one takes its memory. At least one stored row is read, whatever its bytes.
+        A block is a view; the next one takes its memory. At least one stored row is read, whatever its bytes.
         """
-        rows, columns = self.entry.shape
+        columns = self.entry.shape[1]
         buffer = bytearray(piece_rows(self.entry, budget) * columns * self.dtype.itemsize)
         for start, stop, view in pieces(self.entry, budget, memoryview(buffer)):
             self.file.read_into(view, self.entry.start + start * columns * self.dtype.itemsize)
@@ -68,7 +68,7 @@ class StoredWeight(NamedTuple):
 
 
 def piece_rows(entry: StoredTensor, budget: int) -> int:
-    """How many rows of a stored matrix are read at a time: as `budget` bytes hold, in whole tiles of 256 if it can be."""
+    """How many rows of a stored matrix are read at a time: as `budget` bytes hold, in whole tiles of 256 if it can."""
     row = max(1, entry.nbytes // max(1, entry.shape[0]))
     rows = max(1, budget // row)
     return min(rows // 256 * 256 or rows, max(1, entry.shape[0]))
@@ -128,7 +128,7 @@ class BaseCheckpoint:
                 or "\\" in file
             ):
                 raise ValueError(
-                    f"{str(path)!r} says that {tensor} is in {file!r}, expected the name of a .safetensors file beside it"
+                    f"{str(path)!r} says that {tensor} is in {file!r}, expected the name of a .safetensors file"
                 )
         return index
 
@@ -170,7 +170,7 @@ class BaseCheckpoint:
                 f"base: {str(self.folder)!r} is quantised (quantization_config in {CONFIG_FILE}), expected a model in "
                 "bf16, fp16 or fp32: load it, and the adapter, and merge_and_dequantize() or merge_dual_lora()"
             )
-        tensor = self._find(name)
+        tensor = self.find(f"{name}.weight")
         is_tied = tensor is None and is_head(name)
         if is_tied:
             tensor = self._embedding(shape)
@@ -187,9 +187,11 @@ class BaseCheckpoint:
             )
         return weight
 
-    def _find(self, layer: str) -> str | None:
-        """The name of a layer's weight. None where there is none, ValueError where there are several."""
-        own = f"{layer}.weight"
+    def find(self, own: str) -> str | None:
+        """The name in the checkpoint of the model's tensor `own`. None where there is none, ValueError for several.
+
+        Names may have a prefix more or less, as those of a backbone saved by itself have.
+        """
         if own in self.tensors:
             return own
         found = [name for name in self.tensors if _is_prefixed(name, own) or _normal(name) == _normal(own)]
@@ -220,7 +222,7 @@ class BaseCheckpoint:
         return self.config.get("model_type") in _CONV1D_MODELS and is_in_block
 
     def layers(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, StoredWeight]:
-        """`layer` of each; raises ValueError too where two layers have one weight, or a square one's rows are unknown."""
+        """`layer` of each; ValueError too where two have one weight, or nothing says how a square one is stored."""
         found = {name: self.layer(name, shape) for name, shape in shapes.items()}
         (tensor, count), *_ = Counter(weight.name for weight in found.values()).most_common(1) or [("", 0)]
         if count > 1:

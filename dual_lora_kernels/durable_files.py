@@ -39,7 +39,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
         for name, temporary in staged.items():
             os.replace(temporary, folder / name)
     for changed in {folder, beside, *(parent.parent for parent in missing)}:
-        _flush_folder(changed)
+        flush_folder(changed)
 
 
 @contextmanager
@@ -82,7 +82,13 @@ def _remove_abandoned(folder: Path, name: str) -> None:
             path.unlink()
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Have a file's content on disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
     """Have the folder's list of names on disk, where the system can."""
     if sys.platform == "win32":
         return

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +69,8 @@ class SafetensorsFile:
         self.path = path
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for a writer
             raise ValueError(f"{str(path)!r} is no regular file, expected a safetensors file")
-        self._file: BinaryIO = path.open("rb")
+        self._file = path.open("rb")
+        self._lock = threading.Lock()
         self.close = weakref.finalize(self, self._file.close)
         try:
             self.size = self._file.seek(0, 2)
@@ -90,14 +93,23 @@ class SafetensorsFile:
         return header, 8 + length
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the bytes from `start` on. ValueError where the file has been cut meanwhile."""
-        self._file.seek(start)
+        """Fill `buffer` with the bytes from `start` on; threads may do so at the same time.
+
+        Raises ValueError where the file has been cut meanwhile.
+        """
         done = 0
         while done < len(buffer):
-            count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # BinaryIO has it not
+            count = self._read_some(buffer[done:], start + done)
             if not count:
                 raise ValueError(f"{str(self.path)!r} ends at {start + done}: it was cut while it was read")
             done += count
+
+    def _read_some(self, buffer: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], start)
+        with self._lock:  # Windows
+            self._file.seek(start)
+            return self._file.readinto(buffer)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU. KeyError for an unknown name, ValueError for a dtype that is not read."""
@@ -107,6 +119,14 @@ class SafetensorsFile:
         buffer = bytearray(entry.nbytes)
         self.read_into(memoryview(buffer), entry.start)
         return as_tensor(memoryview(buffer), DTYPES[entry.dtype]).view(entry.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start … stop of a matrix. Raises as `read` does."""
+        entry = self.tensors[name]
+        row = entry.nbytes // max(1, entry.shape[0])
+        buffer = bytearray((stop - start) * row)
+        self.read_into(memoryview(buffer), entry.start + start * row)
+        return as_tensor(memoryview(buffer), DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
 
     def fileno(self) -> int:
         """The open file's descriptor."""
@@ -123,10 +143,10 @@ class LazyTensors(Mapping[str, torch.Tensor]):
     """The tensors of a file by other names; each is read when it is asked for, and not kept."""
 
     def __init__(self, file: SafetensorsFile, names: Mapping[str, str]) -> None:
-        self._file, self._names = file, names
+        self.file, self._names = file, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.read(self._names[name])
+        return self.file.read(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -136,11 +156,15 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 
     def entry(self, name: str) -> StoredTensor:
         """Dtype and shape, without reading the tensor."""
-        return self._file.tensors[self._names[name]]
+        return self.file.tensors[self._names[name]]
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls it."""
+        return self._names[name]
 
     def renamed(self, names: Mapping[str, str]) -> LazyTensors:
         """The tensors by other names again; `names`: new → present."""
-        return LazyTensors(self._file, {new: self._names[present] for new, present in names.items()})
+        return LazyTensors(self.file, {new: self._names[present] for new, present in names.items()})
 
 
 def as_tensor(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,198 @@
+"""What a merged checkpoint consists of: for every tensor of every file, where its numbers come from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..adapter import FACTOR_NAMES
+from ..adapter_files import Adapter
+from ..base_checkpoint import BaseCheckpoint, StoredWeight, is_head
+from ..safetensors_file import DTYPES, LazyTensors, SafetensorsFile, StoredTensor, byte_count, format_name
+from ..validation import SUPPORTED_DTYPES
+
+
+class Update(NamedTuple):
+    """ΔW of one layer of one adapter; `folder` names it in messages."""
+
+    folder: str
+    adapter: Adapter
+    layer: str
+
+    @property
+    def rounding(self) -> str:
+        """How the layer rounds."""
+        return self.adapter.configs[self.layer].rounding
+
+    def factors(self) -> list[torch.Tensor]:
+        """A, B, C, D and the scale, read from the file."""
+        return [self.adapter.state[f"{self.layer}.{name}"] for name in (*FACTOR_NAMES, "scale")]
+
+
+class Output(NamedTuple):
+    """One tensor of the merged checkpoint: a stored one, cast to `dtype` (the format's name), and updates in order."""
+
+    source: SafetensorsFile
+    tensor: str
+    dtype: str
+    updates: tuple[Update, ...] = ()
+    transposed: bool = False
+
+    @property
+    def entry(self) -> StoredTensor:
+        """The stored tensor's place."""
+        return self.source.tensors[self.tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return byte_count(self.dtype, self.entry.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merged checkpoint: tensors by file and name, what its config.json and index say, and what to tell the user.
+
+    `config` and `index` are None where there is none, or where the base's own file is right.
+    """
+
+    shards: Mapping[str, Mapping[str, Output]]
+    config: Mapping[str, Any] | None
+    index: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(output.nbytes for outputs in self.shards.values() for output in outputs.values())
+
+    def merged(self) -> list[str]:
+        """The names of tensors that are updated."""
+        return [name for outputs in self.shards.values() for name, output in outputs.items() if output.updates]
+
+
+def make_plan(base: BaseCheckpoint, adapters: Sequence[tuple[str, Adapter]], dtype: torch.dtype | None) -> Plan:
+    """The plan of merging (folder's name, adapter) one after the other into `base`, in `dtype` (default: each its own).
+
+    Raises ValueError where an adapter does not fit the base, or is damaged; the message names file and tensor.
+    """
+    shards = {
+        file.path.name: {name: _as_it_is(file, name, dtype) for name in file.tensors} for file in base.files.values()
+    }
+    own = {tensor: file.path.name for tensor, file in base.tensors.items()}
+    notes, unties = [], False
+    for folder, adapter in adapters:
+        for name, output, place in _replaced(folder, base, adapter, dtype):
+            if name not in own:
+                own[name] = place
+                notes.append(f"{name} is new: {folder} has it, the base does not; config.json is not changed for it")
+            shards[own[name]][name] = output
+            unties |= is_head(name.rpartition(".")[0])
+        for layer, weight in _layers(folder, base, adapter).items():
+            name = f"{layer}.weight" if weight.is_tied else weight.name
+            file = own.setdefault(name, weight.file.path.name)
+            present = shards[file].get(name, _as_it_is(weight.file, weight.name, dtype))
+            update = Update(folder, adapter, layer)
+            shards[file][name] = present._replace(updates=(*present.updates, update), transposed=weight.transposed)
+            unties |= is_head(layer)
+    unties &= bool(base.config.get("tie_word_embeddings", True))
+    if unties:
+        notes.append("the output head has a weight of its own now: tie_word_embeddings is false in config.json")
+    return Plan(shards, _config(base.config, dtype, unties), _index(base, shards), tuple(notes))
+
+
+def _as_it_is(file: SafetensorsFile, tensor: str, dtype: torch.dtype | None) -> Output:
+    stored = file.tensors[tensor].dtype
+    return Output(file, tensor, format_name(dtype) if dtype and DTYPES.get(stored) in SUPPORTED_DTYPES else stored)
+
+
+def _layers(folder: str, base: BaseCheckpoint, adapter: Adapter) -> dict[str, StoredWeight]:
+    """Where the base has the weights of an adapter's layers, whose factors fit each other."""
+    try:
+        return base.layers({layer: factored_shape(adapter, layer) for layer in adapter.configs})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def factored_shape(adapter: Adapter, layer: str) -> tuple[int, int]:
+    """(out_features, in_features) of a saved layer, from its factors' shapes. ValueError where they do not fit."""
+    assert isinstance(adapter.state, LazyTensors)
+    config = adapter.configs[layer]
+    found: dict[str, tuple[int, ...]] = {}
+    for name in (*FACTOR_NAMES, "scale"):
+        if f"{layer}.{name}" not in adapter.state:
+            raise ValueError(f"the adapter has no {layer}.{name}")
+        entry = adapter.state.entry(f"{layer}.{name}")
+        if DTYPES.get(entry.dtype) not in SUPPORTED_DTYPES:
+            raise ValueError(f"{layer}.{name} is of {entry.dtype}, expected BF16, F16, F32 or F64")
+        found[name] = entry.shape
+    rows, columns = found["B"][:1], found["A"][1:]
+    expected = {
+        "A": (config.r1, *columns), "B": (*rows, config.r1), "C": (config.r2, *columns), "D": (*rows, config.r2),
+        "scale": (),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if found[name] != shape or len(rows) != 1 or len(columns) != 1:
+            raise ValueError(f"{layer}.{name} has shape {found[name]}, expected {shape} by the other factors and ranks")
+    return rows[0], columns[0]
+
+
+def _replaced(
+    folder: str, base: BaseCheckpoint, adapter: Adapter, dtype: torch.dtype | None
+) -> list[tuple[str, Output, str]]:
+    """(name, output, file where a new one goes) of the tensors of modules that an adapter has whole."""
+    assert isinstance(adapter.state, LazyTensors)
+    found = []
+    for key in adapter.state:
+        if key.rpartition(".")[0] in adapter.configs:
+            continue
+        name = base.find(key) or key
+        output = _as_it_is(adapter.state.file, adapter.state.stored_name(key), dtype)
+        if name in base.tensors:
+            stored = base.tensors[name].tensors[name]
+            if output.entry.shape != stored.shape:
+                raise ValueError(
+                    f"{folder}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: is it of "
+                    "another model?"
+                )
+            output = output._replace(dtype=_as_it_is(base.tensors[name], name, dtype).dtype)
+        found.append((name, output, next(reversed(base.files))))
+    return found
+
+
+def _config(config: Mapping[str, Any], dtype: torch.dtype | None, unties: bool) -> dict[str, Any] | None:
+    """The base's config.json with what merging changes; None where that is nothing."""
+    if not config or (dtype is None and not unties):
+        return None
+    changed = copy.deepcopy(dict(config))
+    inner = [changed, *(part for part in changed.values() if isinstance(part, dict))]
+    if dtype is not None:
+        for part in inner:
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(part.get(key), str):
+                    part[key] = str(dtype).removeprefix("torch.")
+        if not {"dtype", "torch_dtype"} & changed.keys():
+            changed["torch_dtype"] = str(dtype).removeprefix("torch.")  # the name that every version reads
+    if unties:
+        changed["tie_word_embeddings"] = False
+        for part in inner[1:]:
+            if part.get("tie_word_embeddings"):
+                part["tie_word_embeddings"] = False
+    return changed
+
+
+def _index(base: BaseCheckpoint, shards: Mapping[str, Mapping[str, Output]]) -> dict[str, Any] | None:
+    if base.index is None:
+        return None
+    total = sum(output.nbytes for outputs in shards.values() for output in outputs.values())
+    metadata = base.index.get("metadata")
+    weights = {name: file for file, outputs in shards.items() for name in outputs}
+    return {
+        **base.index,
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
+        "weight_map": dict(sorted(weights.items())),
+    }
