@@ -11,12 +11,14 @@ class Spectrum:
 
     Attributes:
         rank: numerical rank, singular values above max(N, K) · ε(fp32) · σ₁; a lower bound unless `is_exact`.
-        is_exact: all singular values were computed. Otherwise a randomised SVD found the largest.
+        is_exact: the rank is known: all singular values were computed, or a randomised SVD found fewer above the
+            tolerance than it looked for.
         largest_rank: min(N, K).
         stable_rank: ‖·‖²_F / σ₁².
         energy: share of ‖·‖²_F in the largest r1 + r2 singular values, which is all that LoRA of as many parameters
-            could hold.
-        positions, values: some singular values as shares of σ₁, in falling order, and their places from 1.
+            could hold; 1 of a zero matrix.
+        positions, values: some singular values as shares of σ₁, in falling order, and their places from 1; none of a
+            zero matrix.
     """
 
     rank: int
@@ -35,7 +37,8 @@ class Magnitudes:
     Attributes:
         rms: over all entries, zeros included.
         largest: max |ΔW|.
-        first_exponent, counts: counts[i] entries have 2^(first_exponent + i) ≤ |ΔW| < 2^(first_exponent + i + 1).
+        first_exponent, counts: counts[i] entries have 2^(first_exponent + i) ≤ |ΔW| < 2^(first_exponent + i + 1), but
+            that subnormal numbers all count at the exponent below the least normal one's.
     """
 
     rms: float
@@ -50,9 +53,9 @@ class AgainstBase:
 
     Attributes:
         dtype: of W0 as it is stored ("bfloat16", say).
-        relative_norm: ‖ΔW‖_F / ‖W0‖_F.
+        relative_norm: ‖ΔW‖_F / ‖W0‖_F; infinite where W0 alone is zero.
         rounded_away: share of the non-zero updates below half an ulp of W0 in its dtype: what rounding W0 + ΔW to
-            nearest would have deleted.
+            nearest would have deleted; 0 where there are none.
     """
 
     dtype: str
@@ -66,7 +69,7 @@ class Similarity:
 
     Attributes:
         adapter: the other's name, one of `AdapterReport.compared`.
-        cosine: ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
+        cosine: ⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖); 0 where one is zero.
         equal_signs: share of all entries where Sign(DC) is the same in both.
         both_active: share of all entries where P > 0 in both.
     """
