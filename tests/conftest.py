@@ -20,6 +20,7 @@ from dual_lora_kernels.backends import _BACKENDS
 from dual_lora_kernels.self_check.checks import NAIVE_ERRORS
 
 from .accuracy import error_ratios, summary  # noqa: F401  # a fixture of every test
+from .browsers import has_browser
 from .processes import Processes
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,9 @@ if "native" not in available_backends():
 
 if not importlib.util.find_spec("bitsandbytes"):
     collect_ignore += ["test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py"]
+
+if not has_browser():
+    collect_ignore += ["test_inspection_browser.py"]
 
 if not importlib.util.find_spec("deepspeed"):  # `make deepspeed` installs it
     collect_ignore += ["test_deepspeed.py"]
@@ -79,6 +83,8 @@ def pytest_report_header() -> list[str]:
     missing = {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
     present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
     lacking = [] if importlib.util.find_spec("bitsandbytes") else ["no bitsandbytes: its layers' tests are left out"]
+    if not has_browser():
+        lacking.append("no chromium, chromedriver or selenium: tests in a browser are left out")
     return [
         "backends: " + ", ".join(present),
         *(f"no {name}: {reason}" for name, reason in missing.items() if reason),
