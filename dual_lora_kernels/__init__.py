@@ -6,9 +6,12 @@ are in `dual_lora_kernels.reference`.
 """
 
 from ._logging import set_up
+from ._version import __version__ as __version__
+from .adapter_conversion import convert_adapter
 from .adapter_state import dual_lora_state_dict
 from .backends import available_backends
 from .checkpoint import load_dual_lora, load_dual_lora_state_dict, save_dual_lora
+from .checkpoint_merge import merge_checkpoint
 from .column_sampling import draw_columns
 from .config import DualLoraConfig
 from .functional import dual_lora_delta, dual_lora_linear
@@ -29,8 +32,6 @@ from .runtime_settings import (
 )
 from .warmup import DualLoraWarmup
 
-__version__ = "0.1.0"
-
 set_up()
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "QuantisedWeight",
     "apply_dual_lora",
     "available_backends",
+    "convert_adapter",
     "create_dual_lora_optimizer",
     "disable_adapter",
     "draw_columns",
@@ -52,6 +54,7 @@ __all__ = [
     "dual_lora_state_dict",
     "load_dual_lora",
     "load_dual_lora_state_dict",
+    "merge_checkpoint",
     "merge_dual_lora",
     "prepared",
     "quantised_weight",

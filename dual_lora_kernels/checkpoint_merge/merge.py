@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from .._version import __version__
 from ..adapter_files import Adapter
 from ..backends import resolve_backend
 from ..base_checkpoint import CONFIG_FILE, INDEX_FILE, BaseCheckpoint
