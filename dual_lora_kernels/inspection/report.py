@@ -127,7 +127,7 @@ class AdapterReport:
     Attributes:
         adapter, base, compared: names (last parts of paths, not paths, so that a report can be published).
         adapter_bytes: size of its weights' file.
-        layers: in the adapter's order.
+        layers: by depth, and in the adapter's order where that is the same; those without one come last.
         modules_to_save: modules that the adapter holds whole.
         version: of this package.
         backend: which computed ΔW.
