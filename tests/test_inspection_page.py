@@ -20,7 +20,7 @@ from hypothesis import given
 
 from dual_lora_kernels.inspection.numerals import UNKNOWN, number, percentage, rank
 from dual_lora_kernels.inspection.page import render_page
-from dual_lora_kernels.inspection.report import AdapterReport, LayerReport
+from dual_lora_kernels.inspection.report import AdapterReport, LayerReport, Magnitudes, Spectrum
 
 from .reports import HOSTILE, LLAMA, adapter_reports, llama_report
 
@@ -255,6 +255,34 @@ def test_lora_has_its_line_where_ranks_are_shown() -> None:
     line = charts_of["Rank of the update ΔW"].find("svg/line[@class='reference']")
     assert line is not None
     assert line.get("y1") == line.get("y2") == "96.88%"
+
+
+def test_the_distribution_adds_up_all_layers_but_their_smallest_updates() -> None:
+    first, second = (
+        dataclasses.replace(layer, shape=(100, 100), magnitudes=Magnitudes(rms, 1.0, exponent, counts))
+        for layer, rms, exponent, counts in zip(
+            FULL.layers, (0.5, 0.0), (-5, -4), ((4, 1000, 3000), (4000,)), strict=False
+        )
+    )
+    figure = plots(parsed(render_page(dataclasses.replace(FULL, layers=(first, second)))))["Distribution of |ΔW|"]
+    assert [words(bar) for bar in figure.iter("rect")] == ["2⁻⁴ to 2⁻³: 62.47 %", "2⁻³ to 2⁻²: 37.48 %"]
+    assert words(figure.find("figcaption/p")) == (
+        "Non-zero updates of all layers, 40.0 % of the entries. The smallest 0.05 % of them are not drawn."
+    )
+    assert [words(key) for key in figure.iter("li")] == ["rms over all entries: 0.354"]
+
+
+def test_singular_values_are_of_the_layers_with_the_most_the_median_and_the_least_rank() -> None:
+    layers = tuple(
+        dataclasses.replace(layer, update=Spectrum(found, True, 8, 1.0, 1.0, (1, 2), (1.0, 0.5)))
+        for layer, found in zip(FULL.layers, (5, 8, 2, 3, 7), strict=False)
+    )
+    figure = plots(parsed(render_page(dataclasses.replace(FULL, layers=layers))))["Singular values of the update ΔW"]
+    keys = [words(key) for key in figure.iter("li")]
+    assert keys[:3] == [
+        f"{layers[index].name} ({which})" for index, which in ((1, "largest"), (0, "median"), (2, "smallest"))
+    ]
+    assert points(figure)[:2] == [f"{layers[1].name}: σ1 / σ1 = 1.00", f"{layers[1].name}: σ2 / σ1 = 0.500"]
 
 
 def headlines(page: ElementTree.Element) -> dict[str, str]:

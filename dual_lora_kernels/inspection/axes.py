@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from .numerals import finite, power_of
 
 _MOST_TICKS, _MOST_WHOLE_TICKS = 6, 7
+_DECADES = ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5))
+"""Steps of a logarithmic axis that is short."""
+
 _BAND = 0.09
 """Share of a logarithmic axis that is kept below its lowest value for zeros, where there are any."""
 
@@ -92,25 +95,24 @@ def extra_place(highest: int) -> float:
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Logarithms and texts: 1, 2 and 5 times powers of ten where those are few, else powers of ten."""
-    exponents = math.log10(low), math.log10(high)
-    first, last = math.floor(exponents[0]), math.ceil(exponents[1])
-    if last - first <= 2:
-        fine = [(e + math.log10(m), _decimal(m, e)) for e in range(first, last + 1) for m in (1, 2, 5)]
-        start = max(index for index, (exponent, _) in enumerate(fine) if exponent <= exponents[0] + 1e-12)
-        stop = min(index for index, (exponent, _) in enumerate(fine) if exponent >= exponents[1] - 1e-12)
-        if start == stop:
-            stop += 1
+    """Logarithms and texts: as many steps in a decade as leaves few ticks, or powers of ten some decades apart."""
+    least, most = math.log10(low), math.log10(high)
+    first, last = math.floor(least), math.ceil(most)
+    for steps in _DECADES:
+        fine = [(e + math.log10(step), _decimal(step, e)) for e in range(first, last + 1) for step in steps]
+        start = max(index for index, (exponent, _) in enumerate(fine) if exponent <= least + 1e-12)
+        stop = min(index for index, (exponent, _) in enumerate(fine) if exponent >= most - 1e-12)
+        stop += start == stop
         if stop - start < _MOST_TICKS:
             return fine[start : stop + 1]
     stride = math.ceil((last - first) / (_MOST_TICKS - 1))
     return [(e, _decimal(1, e)) for e in range(first, last + stride, stride)]
 
 
-def _decimal(mantissa: int, exponent: int) -> str:
+def _decimal(step: int, exponent: int) -> str:
     if -4 <= exponent <= 4:
-        return f"{mantissa * 10.0**exponent:.{max(0, -exponent)}f}"
-    return power_of(10, exponent) if mantissa == 1 else f"{mantissa}·{power_of(10, exponent)}"
+        return f"{step * 10.0**exponent:.{max(0, -exponent)}f}"
+    return power_of(10, exponent) if step == 1 else f"{step}·{power_of(10, exponent)}"
 
 
 def _step(least: float) -> float:

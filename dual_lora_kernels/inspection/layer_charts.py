@@ -265,8 +265,10 @@ def _binary_axis(low: float, high: float, rms: float) -> Axis:
     if 0 < rms < math.inf:
         low, high = min(low, math.floor(math.log2(rms))), max(high, math.ceil(math.log2(rms)))
     stride = math.ceil((high - low) / 6)
-    ticks = [((at - low) / (high - low), power_of(2, int(at))) for at in range(int(low), int(high) + 1, stride)]
-    return Axis("|ΔW|", low, high, tuple(ticks))
+    ticks = [
+        ((at - low) / (high - low), f"{at:.0f}".replace("-", "−")) for at in range(int(low), int(high) + 1, stride)
+    ]
+    return Axis("log₂ |ΔW|", low, high, tuple(ticks))
 
 
 def _singular_values(layers: Sequence[LayerReport]) -> Iterator[Markup]:
@@ -275,7 +277,7 @@ def _singular_values(layers: Sequence[LayerReport]) -> Iterator[Markup]:
     if not found:
         return
     found.sort(key=lambda pair: pair[1].rank / pair[1].largest_rank)
-    places = {"largest share of its rank": len(found) - 1, "median": len(found) // 2, "smallest": 0}
+    places = {"largest": len(found) - 1, "median": len(found) // 2, "smallest": 0}
     shown = {index: name for name, index in places.items()} if len(found) > 1 else {0: "the only layer"}
     series = [
         Series(
@@ -292,7 +294,7 @@ def _singular_values(layers: Sequence[LayerReport]) -> Iterator[Markup]:
     largest_sum = max(found[index][0].r1 + found[index][0].r2 for index in shown)
     yield scatter(
         "Singular values of the update ΔW",
-        "In falling order, as shares of the largest.",
+        "In falling order, of the layers whose rank is the largest, the median and the smallest share of the possible.",
         (
             logarithmic_axis("place among the singular values", [*(point.x for point in points), largest_sum]),
             logarithmic_axis("share of σ₁", [point.y for point in points]),
