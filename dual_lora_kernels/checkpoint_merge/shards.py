@@ -40,19 +40,19 @@ class Piece(NamedTuple):
     position: int
 
 
-def pieces_of(outputs: Mapping[str, Output], position: int, budget: int = PIECE_BYTES) -> Iterator[Piece]:
-    """The pieces of a file's tensors in order, of about `budget` stored bytes each; its data begin at `position`."""
+def pieces_of(outputs: Mapping[str, Output], position: int) -> Iterator[Piece]:
+    """The pieces of a file's tensors in order, of `PIECE_BYTES` at most; its data begin at `position`."""
     for name, output in outputs.items():
-        rows, _, step = stored_rows(output, budget)
+        rows, _, step = _stored_rows(output)
         written = output.nbytes // max(1, rows)
         for start in range(0, rows, step):
             yield Piece(name, output, start, min(start + step, rows), position + start * written)
         position += output.nbytes
 
 
-def stored_rows(output: Output, budget: int) -> tuple[int, int, int]:
+def _stored_rows(output: Output) -> tuple[int, int, int]:
     """(rows of a tensor as pieces count them, bytes of one as it is stored, rows in a piece)."""
-    entry = output.entry
+    entry, budget = output.entry, PIECE_BYTES
     if output.updates:
         return entry.shape[0], entry.nbytes // max(1, entry.shape[0]), piece_rows(entry, budget)
     if output.dtype == entry.dtype:
@@ -121,7 +121,7 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     group, size = [], 0
     for piece in pieces:
         group.append(piece)
-        size += piece.output.nbytes * (piece.stop - piece.start) // max(1, stored_rows(piece.output, 1)[0])
+        size += piece.output.nbytes * (piece.stop - piece.start) // max(1, _stored_rows(piece.output)[0])
         if size >= _GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -131,7 +131,7 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 def merged_piece(piece: Piece, rooms: tuple[Room, Room], factors: FactorCache, backend: str) -> memoryview:
     """The bytes of one piece, copied, cast or updated, in one of the rooms."""
     output, entry = piece.output, piece.output.entry
-    _, row, _ = stored_rows(output, PIECE_BYTES)
+    _, row, _ = _stored_rows(output)
     stored = rooms[0].take((piece.stop - piece.start) * row)
     output.source.read_into(stored, entry.start + piece.start * row)
     if not output.updates and output.dtype == entry.dtype:
@@ -161,7 +161,8 @@ def _update_(stored: torch.Tensor, piece: Piece, factors: FactorCache, backend: 
         try:
             dual_lora_merge_(weight, *own, scale, rounding=update.rounding, backend=backend, origin=origin)
         except ValueError as error:
-            raise ValueError(f"{update.folder}: {update.layer}.{error}") from error
+            rows = f"rows {piece.start} to {piece.stop - 1} of {piece.name} in {piece.output.source.path.name}"
+            raise ValueError(f"{update.folder}: {update.layer}.{error}, in {rows}") from error
 
 
 class OutputFile:

@@ -38,15 +38,24 @@ class Unfinished:
         self._root.mkdir(exist_ok=True)
         self._lock = (self._root / "lock").open("wb")
         self._take()
-        self._restore()
+        try:
+            self.resumes = self._begin(json.dumps(inputs, indent=1, sort_keys=True))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _begin(self, text: str) -> bool:
+        """Go on with what is there where `text` is what it says of itself, else begin anew; whether it goes on."""
+        if (self._root / "replaced").exists() and not self._out.exists():  # a process was killed within `publish`
+            os.rename(self._root / "replaced", self._out)
         record = self._root / "inputs.json"
-        text = json.dumps(inputs, indent=1, sort_keys=True)
-        self.resumes = self.folder.is_dir() and record.is_file() and record.read_text(encoding="utf-8") == text
-        if not self.resumes:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            record.write_text(text, encoding="utf-8")
-            flush_file(record)
-            self.folder.mkdir()
+        if self.folder.is_dir() and record.is_file() and record.read_text(encoding="utf-8") == text:
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        record.write_text(text, encoding="utf-8")
+        flush_file(record)
+        self.folder.mkdir()
+        return False
 
     def _take(self) -> None:
         if sys.platform == "win32":
@@ -58,11 +67,6 @@ class Unfinished:
                 self._lock.close()
                 raise OSError(error.errno, f"out: another process is merging into {str(self._out)!r}") from None
             # A file system without locks.
-
-    def _restore(self) -> None:
-        """Put back what a process that was killed within `publish` had moved aside."""
-        if (self._root / "replaced").exists() and not self._out.exists():
-            os.rename(self._root / "replaced", self._out)
 
     def partial(self, name: str) -> Path:
         """Where a file is written before it is whole."""
