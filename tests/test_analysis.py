@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from dual_lora_kernels import analysis, dual_lora_delta, reference, settings
 from dual_lora_kernels.analysis import Figures
 from dual_lora_kernels.backends import Block, Factors, base_of
+from dual_lora_kernels.quantised.weight import QuantisedWeight
 from dual_lora_kernels.self_check.problems import Problem, exact, gaussian
 
 from .conftest import IS_INTERPRETED
+from .quantised_weights import drawn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [2.0**-4, -(2.0**-4), 0.0, 2.0**-9, 2.0**-22]
@@ -133,6 +136,18 @@ def test_rounded_away_is_what_merging_by_nearest_leaves(backend: str, dtype: tor
     assert found.changed == int((sizes != 0).sum()) * len(w0)
     assert 0 < int(expected.sum()) < expected.numel()
     assert round(found.rounded_away * found.changed) == int(expected.sum())
+
+
+@given(drawn(), st.sampled_from(SCALES), st.integers(0, 100))
+def test_a_quantised_base_counts_by_its_numbers(
+    backend: str, base: tuple[QuantisedWeight, torch.Tensor], scale: float, seed: int
+) -> None:
+    weight, numbers = base
+    problem = scaled(exact(1, *numbers.shape, 3, 2, seed=seed), scale)
+    with settings(backend=backend):
+        found = analysis.figures(analysis.row_panels(analysis.block(problem.factors, base_of(weight))))
+    assert measured(found) == spelled_out(replace(problem, weight=numbers), numbers.dtype)
+    assert found.base_square == pytest.approx(float(numbers.double().square().sum()), rel=1e-12)  # fp64's rounding
 
 
 @pytest.mark.usefixtures("small_workspace")
