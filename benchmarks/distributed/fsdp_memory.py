@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -37,6 +36,7 @@ from dual_lora_kernels.sharding import local_block
 
 from ..harness import report
 from ..harness.environment import environment, load_average, sentence
+from ..harness.resident_memory import resident_growth
 from ..harness.timing import Quartiles, interleaved, quartiles, ratios
 from ..layers.layer_step import MEBIBYTE
 from ..layers.memory import peak_temporary_bytes
@@ -141,24 +141,6 @@ def training_step(model: nn.Module, settings: ModelSettings) -> Callable[[], Non
         dist.barrier()
 
     return step
-
-
-def resident_growth(function: Callable[[], object]) -> int | None:
-    """Bytes by which the resident size's peak in a call exceeds what it was before; None where Linux is not."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")
-    except (AttributeError, OSError):
-        return None
-
-    def kibibytes(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-
-    before = kibibytes("VmRSS")
-    function()
-    return (kibibytes("VmHWM") - before) * 1024
 
 
 def measure_memory(settings: ModelSettings, method: str, checkpointing: bool) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What can be done with checkpoints and adapters on disk, and what it takes."""
