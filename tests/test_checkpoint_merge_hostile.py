@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora_kernels import merge_checkpoint
 from dual_lora_kernels.adapter_files import WEIGHTS_FILE
+from dual_lora_kernels.backends import Factors
 from dual_lora_kernels.checkpoint_merge import merge, plan, shards, unfinished, verify
 
 from .checkpoints import write_tensors
@@ -30,6 +31,7 @@ from .models import gpt2, llama
 ROOT = Path(__file__).parents[1]
 LAYER = "model.layers.0.self_attn.q_proj"
 INDEX = "model.safetensors.index.json"
+FILE = r"dual_lora_model\.safetensors'"
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +223,16 @@ def test_code_is_copied_and_not_imported(here: Path) -> None:
 @pytest.mark.parametrize("name", ["A", "D", "scale"])
 def test_numbers_that_are_not_finite(name: str, value: float, here: Path) -> None:
     write_tensors(here / "adapter", lambda state: state[f"{LAYER}.{name}"].view(-1)[:1].fill_(value))
-    refused(here, ValueError, rf"adapter: {LAYER}\.{name}: got {value}, expected finite values, in rows .* of {LAYER}")
+    refused(here, ValueError, rf"{FILE}: {LAYER}\.{name}: got {value}, expected finite values")
 
 
 def test_an_update_that_overflows(here: Path) -> None:
     write_tensors(here / "adapter", lambda state: state[f"{LAYER}.scale"].fill_(1e9))
-    refused(here, ValueError, rf"adapter: {LAYER}\.weight: got .* which the update makes overflow torch\.float16")
+    refused(
+        here,
+        ValueError,
+        rf"{FILE}: {LAYER}\.weight: got .* which the update makes overflow torch\.float16.* in rows 0 to",
+    )
 
 
 def test_a_cast_that_overflows(here: Path) -> None:
@@ -271,12 +277,12 @@ def change_settings(here: Path, change: Callable[[dict[str, Any]], object]) -> N
 )
 def test_factors_that_do_not_fit_each_other(name: str, tensor: torch.Tensor, message: str, here: Path) -> None:
     write_tensors(here / "adapter", lambda state: state.update({f"{LAYER}.{name}": tensor}))
-    refused(here, ValueError, rf"adapter: {LAYER}\.{message}")
+    refused(here, ValueError, rf"{FILE}: {LAYER}\.{message}")
 
 
 def test_a_factor_that_is_missing(here: Path) -> None:
     write_tensors(here / "adapter", lambda state: state.pop(f"{LAYER}.C"))
-    refused(here, ValueError, rf"adapter: the adapter has no {LAYER}\.C")
+    refused(here, ValueError, rf"{FILE}: the adapter has no {LAYER}\.C")
 
 
 def test_another_models_adapter(here: Path, tmp_path: Path) -> None:
@@ -284,7 +290,7 @@ def test_another_models_adapter(here: Path, tmp_path: Path) -> None:
     shutil.rmtree(here / "adapter")
     save_adapter(other, here / "adapter")
     refused(
-        here, ValueError, r"adapter: base: '.*' has no transformer\.h\.0\.attn\.c_attn\.weight, .* another model's\?"
+        here, ValueError, rf"{FILE}: base: '.*' has no transformer\.h\.0\.attn\.c_attn\.weight, .* another model's\?"
     )
 
 
@@ -473,10 +479,10 @@ def test_verifying_admits_what_sums_in_another_order_give(here: Path, monkeypatc
     save_adapter(here / "base", here / "adapter", r1=16, r2=16)
     read = verify.FactorCache.__getitem__
 
-    def shuffled(cache: Any, update: Any) -> list[torch.Tensor]:
+    def shuffled(cache: Any, update: Any) -> Factors:
         A, B, C, D, scale = read(cache, update)
         order = torch.arange(16).flip(0)
-        return [A[order], B[:, order], C[order], D[:, order], scale]
+        return Factors(A[order], B[:, order], C[order], D[:, order], scale)
 
     class Shuffled(verify.FactorCache):
         __getitem__ = shuffled

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..adapter_files import Adapter
 from ..backends import resolve_backend
 from ..base_checkpoint import CONFIG_FILE, INDEX_FILE, BaseCheckpoint
 from ..durable_files import flush_file
 from ..runtime_settings import default_backend
 from ..safetensors_file import LazyTensors, SafetensorsFile, file_header
-from ..saved_adapter import open_adapter
+from ..saved_layers import SavedLayers
 from .other_files import check_own, copy_files, other_files
 from .plan import Output, Plan, make_plan
 from .shards import write_shard
@@ -110,7 +109,7 @@ def merge_checkpoint(
         raise ValueError("adapters: got none, expected folders of saved adapters")
     check_out(out, [base, *folders], overwrite)
     with BaseCheckpoint(base) as checkpoint:
-        opened = [(str(folder), open_adapter(folder)) for folder in folders]
+        opened = [SavedLayers.open(folder) for folder in folders]
         plan = make_plan(checkpoint, opened, dtype)
         names = other_files(base)
         if plan.config is None and (base / CONFIG_FILE).exists():
@@ -164,13 +163,13 @@ def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
 
 
 def _inputs(
-    base: BaseCheckpoint, adapters: Sequence[tuple[str, Adapter]], dtype: torch.dtype | None, backend: str
+    base: BaseCheckpoint, adapters: Sequence[SavedLayers], dtype: torch.dtype | None, backend: str
 ) -> dict[str, Any]:
     """What the merged bytes depend on: whoever goes on with an unfinished merge has to have the very same."""
     opened: list[SafetensorsFile] = list(base.files.values())
-    for _, adapter in adapters:
-        assert isinstance(adapter.state, LazyTensors)
-        opened.append(adapter.state.file)
+    for layers in adapters:
+        assert isinstance(layers.adapter.state, LazyTensors)
+        opened.append(layers.adapter.state.file)
     states = [os.fstat(file.fileno()) for file in opened]
     return {
         "version": __version__,
@@ -179,7 +178,7 @@ def _inputs(
         "files": [
             [file.path.name, state.st_size, state.st_mtime_ns] for file, state in zip(opened, states, strict=True)
         ],
-        "settings": [{layer: repr(config) for layer, config in adapter.configs.items()} for _, adapter in adapters],
+        "settings": [{layer: repr(config) for layer, config in layers.adapter.configs.items()} for layers in adapters],
     }
 
 

@@ -9,28 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapter import FACTOR_NAMES
-from ..adapter_files import Adapter
 from ..base_checkpoint import BaseCheckpoint, StoredWeight, is_head
 from ..safetensors_file import DTYPES, LazyTensors, SafetensorsFile, StoredTensor, byte_count, format_name
+from ..saved_layers import SavedLayers
 from ..validation import SUPPORTED_DTYPES
 
 
 class Update(NamedTuple):
-    """ΔW of one layer of one adapter; `folder` names it in messages."""
+    """ΔW of one layer of one adapter."""
 
-    folder: str
-    adapter: Adapter
+    layers: SavedLayers
     layer: str
 
     @property
     def rounding(self) -> str:
         """How the layer rounds."""
-        return self.adapter.configs[self.layer].rounding
-
-    def factors(self) -> list[torch.Tensor]:
-        """A, B, C, D and the scale, read from the file."""
-        return [self.adapter.state[f"{self.layer}.{name}"] for name in (*FACTOR_NAMES, "scale")]
+        return self.layers.adapter.configs[self.layer].rounding
 
 
 class Output(NamedTuple):
@@ -75,8 +69,8 @@ class Plan:
         return [name for outputs in self.shards.values() for name, output in outputs.items() if output.updates]
 
 
-def make_plan(base: BaseCheckpoint, adapters: Sequence[tuple[str, Adapter]], dtype: torch.dtype | None) -> Plan:
-    """The plan of merging (folder's name, adapter) one after the other into `base`, in `dtype` (default: each its own).
+def make_plan(base: BaseCheckpoint, adapters: Sequence[SavedLayers], dtype: torch.dtype | None) -> Plan:
+    """The plan of merging adapters one after the other into `base`, in `dtype` (default: each tensor's own).
 
     Raises ValueError where an adapter does not fit the base, or is damaged; the message names file and tensor.
     """
@@ -85,19 +79,19 @@ def make_plan(base: BaseCheckpoint, adapters: Sequence[tuple[str, Adapter]], dty
     }
     own = {tensor: file.path.name for tensor, file in base.tensors.items()}
     notes, unties = [], False
-    for folder, adapter in adapters:
-        for name, output, place in _replaced(folder, base, adapter, dtype):
+    for layers in adapters:
+        for name, output, place in _replaced(base, layers, dtype):
             if name not in own:
                 own[name] = place
-                notes.append(f"{name} is new: {folder} has it, the base does not; config.json is not changed for it")
+                notes.append(f"{name} is new: the adapter has it, the base does not; config.json is not changed for it")
             shards[own[name]][name] = output
             unties |= is_head(name.rpartition(".")[0])
-        for layer, weight in _layers(folder, base, adapter).items():
+        for layer, weight in _layers(base, layers).items():
             name = f"{layer}.weight" if weight.is_tied else weight.name
             file = own.setdefault(name, weight.file.path.name)
             present = shards[file].get(name, _as_it_is(weight.file, weight.name, dtype))
-            update = Update(folder, adapter, layer)
-            shards[file][name] = present._replace(updates=(*present.updates, update), transposed=weight.transposed)
+            updates = (*present.updates, Update(layers, layer))
+            shards[file][name] = present._replace(updates=updates, transposed=weight.transposed)
             unties |= is_head(layer)
     unties &= bool(base.config.get("tie_word_embeddings", True))
     if unties:
@@ -110,41 +104,18 @@ def _as_it_is(file: SafetensorsFile, tensor: str, dtype: torch.dtype | None) -> 
     return Output(file, tensor, format_name(dtype) if dtype and DTYPES.get(stored) in SUPPORTED_DTYPES else stored)
 
 
-def _layers(folder: str, base: BaseCheckpoint, adapter: Adapter) -> dict[str, StoredWeight]:
+def _layers(base: BaseCheckpoint, layers: SavedLayers) -> dict[str, StoredWeight]:
     """Where the base has the weights of an adapter's layers, whose factors fit each other."""
+    shapes = {layer: layers.shape(layer) for layer in layers.adapter.configs}
     try:
-        return base.layers({layer: factored_shape(adapter, layer) for layer in adapter.configs})
+        return base.layers(shapes)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{str(layers.file)!r}: {error}") from error
 
 
-def factored_shape(adapter: Adapter, layer: str) -> tuple[int, int]:
-    """(out_features, in_features) of a saved layer, from its factors' shapes. ValueError where they do not fit."""
-    assert isinstance(adapter.state, LazyTensors)
-    config = adapter.configs[layer]
-    found: dict[str, tuple[int, ...]] = {}
-    for name in (*FACTOR_NAMES, "scale"):
-        if f"{layer}.{name}" not in adapter.state:
-            raise ValueError(f"the adapter has no {layer}.{name}")
-        entry = adapter.state.entry(f"{layer}.{name}")
-        if DTYPES.get(entry.dtype) not in SUPPORTED_DTYPES:
-            raise ValueError(f"{layer}.{name} is of {entry.dtype}, expected BF16, F16, F32 or F64")
-        found[name] = entry.shape
-    rows, columns = found["B"][:1], found["A"][1:]
-    expected = {
-        "A": (config.r1, *columns), "B": (*rows, config.r1), "C": (config.r2, *columns), "D": (*rows, config.r2),
-        "scale": (),
-    }  # fmt: skip
-    for name, shape in expected.items():
-        if found[name] != shape or len(rows) != 1 or len(columns) != 1:
-            raise ValueError(f"{layer}.{name} has shape {found[name]}, expected {shape} by the other factors and ranks")
-    return rows[0], columns[0]
-
-
-def _replaced(
-    folder: str, base: BaseCheckpoint, adapter: Adapter, dtype: torch.dtype | None
-) -> list[tuple[str, Output, str]]:
+def _replaced(base: BaseCheckpoint, layers: SavedLayers, dtype: torch.dtype | None) -> list[tuple[str, Output, str]]:
     """(name, output, file where a new one goes) of the tensors of modules that an adapter has whole."""
+    adapter = layers.adapter
     assert isinstance(adapter.state, LazyTensors)
     found = []
     for key in adapter.state:
@@ -156,8 +127,8 @@ def _replaced(
             stored = base.tensors[name].tensors[name]
             if output.entry.shape != stored.shape:
                 raise ValueError(
-                    f"{folder}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: is it of "
-                    "another model?"
+                    f"{str(layers.file)!r}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: is "
+                    "it of another model?"
                 )
             output = output._replace(dtype=_as_it_is(base.tensors[name], name, dtype).dtype)
         found.append((name, output, next(reversed(base.files))))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends import Factors
 from ..backends.workers import run, worker_count
 from ..base_checkpoint import piece_rows
 from ..merging import dual_lora_merge_
@@ -79,15 +80,15 @@ class FactorCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self._kept: dict[tuple[int, str], Factors] = {}
 
-    def __getitem__(self, update: Update) -> list[torch.Tensor]:
-        key = id(update.adapter), update.layer
+    def __getitem__(self, update: Update) -> Factors:
+        key = id(update.layers), update.layer
         with self._lock:
             if key not in self._kept:
                 while len(self._kept) > 2 * torch.get_num_threads():
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = update.factors()
+                self._kept[key] = update.layers.factors(update.layer)
             return self._kept[key]
 
 
@@ -162,7 +163,7 @@ def _update_(stored: torch.Tensor, piece: Piece, factors: FactorCache, backend: 
             dual_lora_merge_(weight, *own, scale, rounding=update.rounding, backend=backend, origin=origin)
         except ValueError as error:
             rows = f"rows {piece.start} to {piece.stop - 1} of {piece.name} in {piece.output.source.path.name}"
-            raise ValueError(f"{update.folder}: {update.layer}.{error}, in {rows}") from error
+            raise ValueError(f"{str(update.layers.file)!r}: {update.layer}.{error}, in {rows}") from error
 
 
 class OutputFile:
