@@ -8,6 +8,7 @@ import math
 import re
 from importlib.resources import files
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -156,11 +157,15 @@ def test_markup_is_escaped_once() -> None:
     assert element("p", "<", element("wbr"), class_="'\"") == '<p class="&#x27;&quot;">&lt;<wbr></p>'
 
 
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of "#rrggbb"."""
+def linear_rgb(colour: str) -> list[float]:
+    """ "#rrggbb" in amounts of light."""
     parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance."""
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear_rgb(colour)))
 
 
 def contrast(first: str, second: str) -> float:
@@ -169,19 +174,47 @@ def contrast(first: str, second: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_colours_have_contrast(scheme: int) -> None:
-    """WCAG's AA: 4.5 for text, 3 for what a chart is made of."""
+@pytest.fixture(params=[0, 1], ids=["light", "dark"])
+def colours(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The style sheet's colours by name, of each scheme."""
     style = files("dual_lora_kernels.inspection").joinpath("page.css").read_text(encoding="utf-8")
-    blocks = re.findall(r":root \{([^}]*--paper[^}]*)\}", style)
-    assert len(blocks) == 2
-    colours = dict(re.findall(r"--(\w+): (#\w{6})", blocks[scheme]))
+    schemes = re.findall(r":root \{([^}]*--paper[^}]*)\}", style)
+    assert len(schemes) == 2
+    return dict(re.findall(r"--(\w+): (#\w{6})", schemes[request.param]))
+
+
+SERIES = [f"c{index}" for index in range(charts.COLOURS)]
+
+
+def test_colours_have_contrast(colours: dict[str, str]) -> None:
+    """WCAG's AA: 4.5 for text, 3 for what a chart is made of."""
     for text in ("ink", "muted", "accent"):
         assert min(contrast(colours[text], colours[ground]) for ground in ("paper", "raised")) >= 4.5
-    series = [f"c{index}" for index in range(charts.COLOURS)]
-    for mark in (*series, "bar"):
+    for mark in (*SERIES, "bar"):
         assert contrast(colours[mark], colours["paper"]) >= 3, mark
-    assert contrast(colours["accent"], colours["bar"]) > 1.5  # the rms line over bars
+    assert contrast(colours["ink"], colours["bar"]) >= 3  # the rms line over bars
+
+
+VISION = {
+    "all cones": np.eye(3),
+    "protanopia": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
+    "deuteranopia": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
+    "tritanopia": np.array([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
+}
+"""What linear RGB looks like without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1)."""
+
+OKLAB = (
+    np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]),
+    np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]),
+)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_series_differ_in_colour_whoever_looks(vision: str, colours: dict[str, str]) -> None:
+    """0.02 in OKLab is a difference that is just seen; Okabe and Ito's palette has 0.08 between its closest two."""
+    linear = [np.clip(VISION[vision] @ np.array(linear_rgb(colours[name])), 0, 1) for name in SERIES]
+    seen = [OKLAB[1] @ np.cbrt(OKLAB[0] @ colour) for colour in linear]
+    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)) >= 0.09
 
 
 def test_series_differ_in_shape_and_colour() -> None:

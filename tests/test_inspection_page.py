@@ -235,6 +235,19 @@ def test_lower_bounds_are_hollow_and_have_a_sign() -> None:
     bounds = [layer for layer in FULL.layers if layer.update and not layer.update.is_exact]
     assert sorted(hollow) == sorted(f"{layer.name}: ≥ 1,024 of 4,096" for layer in bounds)
     assert [text for text in points(figure) if "≥" in text] == hollow
+    assert "is a lower bound" in words(figure.find("figcaption/p"))
+
+
+def test_lower_bounds_are_not_spoken_of_where_there_are_none() -> None:
+    exact = tuple(
+        dataclasses.replace(
+            layer, **{name: dataclasses.replace(getattr(layer, name), is_exact=True) for name in SPECTRA}
+        )
+        for layer in FULL.layers
+    )
+    page = words(parsed(render_page(dataclasses.replace(FULL, layers=exact))))
+    assert "lower bound" not in page
+    assert "≥" not in page
 
 
 def test_lora_has_its_line_where_ranks_are_shown() -> None:

@@ -54,7 +54,7 @@ def sizes(report: AdapterReport) -> list[Markup]:
         "% of non-zero updates",
         _base,
         lambda base: base.rounded_away,
-        always=(0.0, 100.0),
+        always=(0.0,),
     )
     norm = _Measure(
         "Size of the update",
@@ -97,9 +97,9 @@ def ranks(report: AdapterReport) -> list[Markup]:
     shares = [min(1.0, (layer.r1 + layer.r2) / min(layer.shape)) for layer in with_spectra]
     largest_sum = max(layer.r1 + layer.r2 for layer in with_spectra)
     rank_shares = [
-        _rank("Rank of the update ΔW", lambda layer: layer.update),
-        _rank("Rank of the magnitude ReLU(BA)", lambda layer: layer.magnitude),
-        _rank("Rank of the direction Sign(DC)", lambda layer: layer.direction),
+        _rank("Rank of the update ΔW", report.layers, lambda layer: layer.update),
+        _rank("Rank of the magnitude ReLU(BA)", report.layers, lambda layer: layer.magnitude),
+        _rank("Rank of the direction Sign(DC)", report.layers, lambda layer: layer.direction),
     ]
     stable = _Measure(
         "Stable rank of the update ΔW",
@@ -196,10 +196,15 @@ def _share(
     )
 
 
-def _rank(title: str, part: Callable[[LayerReport], Spectrum | None]) -> _Measure[Spectrum]:
+def _rank(
+    title: str, layers: Sequence[LayerReport], part: Callable[[LayerReport], Spectrum | None]
+) -> _Measure[Spectrum]:
+    explanation = "Numerical rank beside the largest that the layer's shape allows."
+    if any(is_bound(found) for found in map(part, layers) if found):
+        explanation += " A hollow point, ≥ in the table, is a lower bound."
     return _Measure(
         title,
-        "Numerical rank beside the largest that the layer's shape allows. A hollow point is a lower bound.",
+        explanation,
         lambda values: linear_axis("% of the largest possible", [*values, 0.0, 100.0], least_span=100.0),
         part,
         lambda found: 100 * found.rank / found.largest_rank,

@@ -87,8 +87,7 @@ def _sections(report: AdapterReport) -> Iterable[Markup]:
     yield from _charts(
         "ranks",
         "How many directions it has",
-        "LoRA's update has at most its rank. ReLU and Sign act on every entry, so Dual LoRA's can have many more."
-        " A rank that is a lower bound has ≥ before it.",
+        "LoRA's update has at most its rank. ReLU and Sign act on every entry, so Dual LoRA's can have many more.",
         ranks(report),
     )
     for index, adapter in enumerate(report.compared):
