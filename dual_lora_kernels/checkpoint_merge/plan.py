@@ -127,8 +127,8 @@ def _replaced(base: BaseCheckpoint, layers: SavedLayers, dtype: torch.dtype | No
             stored = base.tensors[name].tensors[name]
             if output.entry.shape != stored.shape:
                 raise ValueError(
-                    f"{str(layers.file)!r}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: is "
-                    "it of another model?"
+                    f"{str(layers.file)!r}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: "
+                    "is it of another model?"
                 )
             output = output._replace(dtype=_as_it_is(base.tensors[name], name, dtype).dtype)
         found.append((name, output, next(reversed(base.files))))
