@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,17 @@ def test_a_build_without_a_compiler(mode: str, succeeds: bool, message: str, tmp
         assert not library.exists()
         reason = json.loads(library.with_name("_native_build.json").read_text())["missing"]
         assert reason in done.stderr
+
+
+def test_wheels_have_all_that_is_not_python() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = ROOT / "dual_lora_kernels"
+    others = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts and "_native" not in path.name
+    }
+    assert others == set(data["dual_lora_kernels"])
 
 
 def test_make_rebuilds_and_cleans_what_is_compiled() -> None:
