@@ -24,10 +24,14 @@ def statistics(layout: str) -> tuple[dict[str, float], dict[str, float]]:
     return dual_lora_statistics(whole), monitor.statistics()
 
 
-def refusal_of_the_older_fsdp() -> str:
+def statistics_of_the_older_fsdp() -> tuple[dict[str, float], dict[str, float], str]:
+    """(of a whole model, of one whose parameters FSDP1 gathers meanwhile, what is said where they are in parts)."""
     model = FullyShardedDataParallel(exactly_adapted(), use_orig_params=True, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        found = dual_lora_statistics(model)
     try:
         dual_lora_statistics(model)
+        said = "nothing was raised"
     except ValueError as error:
-        return str(error)
-    return "nothing was raised"
+        said = str(error)
+    return dual_lora_statistics(exactly_adapted()), found, said

@@ -170,8 +170,10 @@ def test_sharded_factors_are_gathered(two: Processes, layout: str) -> None:
         assert found == {name: figure for name, figure in whole.items() if name not in left_out}
 
 
-def test_the_older_fsdp_is_refused(two: Processes) -> None:
-    assert all("FSDP1 keep it in parts" in said for said in two.run(cases.refusal_of_the_older_fsdp))
+def test_the_older_fsdp_has_to_gather(two: Processes) -> None:
+    for whole, found, said in two.run(cases.statistics_of_the_older_fsdp):
+        assert found == whole
+        assert "FSDP1 keep it in parts" in said
 
 
 def trained(
