@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoints.inspect_adapter --folder FOLDER
 
-Half of a Llama 3 8B's layers with r1 = r2 = 96 have 1.0 GB of fp32 factors, and 3.5 G entries of ΔW. The adapter is
+A Llama 3 8B's 224 linear layers with r1 = r2 = 48 have 1.0 GB of fp32 factors, and 7.0 G entries of ΔW. The adapter is
 drawn as trained ones are sized, the base is a bf16 checkpoint of a file a layer; both are made in a folder of their own
-in FOLDER, 8 GB, and removed. The inspection runs in a process of its own, whose peak is the kernel's count of its
+in FOLDER, 15 GB, and removed. The inspection runs in a process of its own, whose peak is the kernel's count of its
 resident memory. Ranks are computed as well for the first ``--spectra`` layers of the model alone.
 """
 
@@ -106,9 +106,9 @@ def run(folder: Path, depth: int, rank: int, spectra: int) -> Iterator[Result]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.inspect_adapter", description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="where to make adapter and base: 8 GB")
-    parser.add_argument("--depth", type=int, default=16, help="the model's layers, of 7 adapted ones each (16)")
-    parser.add_argument("--rank", type=int, default=96, help="r1 and r2 (96)")
+    parser.add_argument("--folder", type=Path, required=True, help="where to make adapter and base: 15 GB")
+    parser.add_argument("--depth", type=int, default=32, help="the model's layers, of 7 adapted ones each (32)")
+    parser.add_argument("--rank", type=int, default=48, help="r1 and r2 (48)")
     parser.add_argument("--spectra", type=int, default=1, help="layers of the model to compute spectra of (1)")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
