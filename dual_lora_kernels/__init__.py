@@ -18,6 +18,7 @@ from .functional import dual_lora_delta, dual_lora_linear
 from .linear import DualLoraLinear
 from .merging import dual_lora_merge_, dual_lora_merged
 from .model import apply_dual_lora, disable_adapter, merge_dual_lora, prepared, set_gradient_columns
+from .monitoring import DualLoraMonitor, dual_lora_statistics
 from .parameter_groups import create_dual_lora_optimizer, dual_lora_parameter_groups
 from .quantised.layers import quantised_weight
 from .quantised.weight import QuantisedWeight
@@ -37,6 +38,7 @@ set_up()
 __all__ = [
     "DualLoraConfig",
     "DualLoraLinear",
+    "DualLoraMonitor",
     "DualLoraWarmup",
     "QuantisedDualLoraLinear",
     "QuantisedWeight",
@@ -52,6 +54,7 @@ __all__ = [
     "dual_lora_merged",
     "dual_lora_parameter_groups",
     "dual_lora_state_dict",
+    "dual_lora_statistics",
     "load_dual_lora",
     "load_dual_lora_state_dict",
     "merge_checkpoint",

@@ -119,7 +119,7 @@ def check_mergeable(
     for name, tensor in zip(Factors._fields, factors, strict=True):
         check_finite(name, tensor)
     dtype = weight.dtype if dtype is None else dtype
-    if isinstance(weight, torch.Tensor) and dtype == weight.dtype and _surely_finite(weight, factors):
+    if isinstance(weight, torch.Tensor) and dtype == weight.dtype and surely_finite(weight, largest_update(factors)):
         return
     chosen = resolve_backend(backend, weight.device, dtype, A.dtype)
     overflow = panels.first_overflow(
@@ -133,12 +133,12 @@ def check_mergeable(
         )
 
 
-def _surely_finite(weight: torch.Tensor, factors: Factors) -> bool:
-    """Whether max|W0| + s·|P| and |P| ≤ Σᵣ maxₙ|Bₙᵣ|·maxₖ|Aᵣₖ| stay within half of the range; Q is read by sign only.
+def largest_update(factors: Factors) -> torch.Tensor:
+    """What |ΔW| is at most, s·Σᵣ maxₙ|Bₙᵣ|·maxₖ|Aᵣₖ|; infinite where a part is beyond half of the range.
 
     There are no squares as in norms, since those of small numbers vanish; what the products here lose by that is below
-    half of fp16's range for 8000 ranks and the largest scale. A, B and s have half of the range as well: the Triton
-    kernels round the larger part of a factor up, and the eager backend doubles s.
+    half of fp16's range for 8000 ranks and the largest scale. Q is read by sign only. A, B and s have half of the range
+    as well: the Triton kernels round the larger part of a factor up, and the eager backend doubles s.
     """
     dtype = accumulation_dtype(factors.A.dtype)
     b, a = (
@@ -146,9 +146,13 @@ def _surely_finite(weight: torch.Tensor, factors: Factors) -> bool:
         for factor, dim in ((factors.B, 0), (factors.A, 1))
     )
     p = torch.dot(b, a)
-    least, largest = torch.aminmax(weight)
     scale = factors.scale.abs().to(dtype)
-    total = torch.maximum(-least, largest).to(dtype) + scale * p
-    limit = torch.finfo(dtype).max / 2
-    within = torch.stack([p, a.max(), b.max(), scale]).max() <= limit
-    return bool(within & (total <= min(limit, torch.finfo(weight.dtype).max / 2)))
+    within = torch.stack([p, a.max(), b.max(), scale]).max() <= torch.finfo(dtype).max / 2
+    return torch.where(within, scale * p, torch.inf)
+
+
+def surely_finite(weight: torch.Tensor, update: torch.Tensor) -> bool:
+    """Whether max|W0| and an update of that size, 0-dim, together stay within half of both dtypes' ranges."""
+    least, largest = torch.aminmax(weight)
+    total = torch.maximum(-least, largest).to(update.dtype) + update
+    return bool(total <= min(torch.finfo(update.dtype).max, torch.finfo(weight.dtype).max) / 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import os
 import pty
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from dual_lora_kernels import cli
 from dual_lora_kernels.checkpoint_merge import merge
@@ -154,6 +157,17 @@ def test_the_bar_shows_bytes_and_the_time_left(here: Path) -> None:
     assert b"B/s" in shown
 
 
+@pytest.mark.parametrize("name", ["[/]", "[red]", "{task}"])
+def test_the_bar_takes_names_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a base may be called what would be markup for the bar."""
+    shown = io.StringIO()
+    console = functools.partial(Console, file=shown, force_terminal=True, width=200)
+    monkeypatch.setattr(common, "Console", lambda **_: console())
+    with common.byte_bar() as progress:
+        progress(f"{name}.safetensors", 1, 2)
+    assert f"{name}.safetensors" in shown.getvalue()
+
+
 def test_an_adapter_of_another_method_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "lora").mkdir()
     (here / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -161,3 +175,24 @@ def test_an_adapter_of_another_method_is_named(here: Path, capsys: pytest.Captur
     status, _, errors = run(capsys, "merge", here / "base", here / "lora", here / "out")
     assert status == 1
     assert "peft_type: got 'LORA', expected 'DUAL_LORA'" in errors
+
+
+def test_a_reader_that_goes_away_is_no_traceback(here: Path) -> None:
+    """As ``| head -1`` does."""
+    command = [
+        sys.executable,
+        "-m",
+        "dual_lora_kernels.cli",
+        "inspect",
+        str(here / "adapter"),
+        "--json",
+        "--no-spectra",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 1
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors

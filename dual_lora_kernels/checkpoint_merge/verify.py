@@ -129,7 +129,7 @@ def _bounds(
     high = low.clone()
     lines = _Lines(columns, rows + piece.start) if piece.output.transposed else _Lines(rows + piece.start, columns)
     for update in piece.output.updates:
-        A, B, C, D, scale = factors[update]
+        A, B, C, D, scale = factors[update].factors
         wide = accumulation_dtype(A.dtype)
         p, p_error = _product(B, A, lines)
         q, q_error = _product(D, C, lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,12 @@ def ends_in_words(run: Run) -> Run:
     @functools.wraps(run)
     def checked(arguments: argparse.Namespace) -> int:
         try:
-            return run(arguments)
+            status = run(arguments)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:  # the reader of stdout (head, say) has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it at the end
+            return FAILED
         except (ValueError, OSError) as error:
             message = str(error)
             if arguments.json:
@@ -48,7 +54,7 @@ def ends_in_words(run: Run) -> Run:
 def byte_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, where that is a terminal; what it yields takes (what is done, bytes done, bytes in all)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of files may have brackets
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
