@@ -16,7 +16,7 @@ from benchmarks.harness.machines import Machine, every_machine, few_machines, na
 
 SUITE = (
     "reference", "grid", "rounding", "panels", "functional", "linear", "linear_state", "native", "model", "origin",
-    "quantised", "column_sampling", "sampled_gradients",
+    "quantised", "column_sampling", "sampled_gradients", "checkpoint_merge", "analysis", "spectra",
 )  # fmt: skip
 """Tests whose outcome may depend on how a processor or a library computes."""
 _SECONDS = 1800.0
