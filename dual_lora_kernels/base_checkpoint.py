@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backends import PANEL_UNIT
 from .safetensors_file import DTYPES, SafetensorsFile, StoredTensor, as_tensor
 from .validation import SUPPORTED_DTYPES
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_LARGEST_JSON = 100_000_000
+"""Bytes. The index of a model with 100,000 tensors has some 10 MB."""
 _CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 """The model types whose numbered blocks have Conv1D layers alone. It matters for square weights: no shape tells."""
 _INTERCHANGEABLE = {"model", "language_model", "text_model"}
@@ -68,10 +71,10 @@ class StoredWeight(NamedTuple):
 
 
 def piece_rows(entry: StoredTensor, budget: int) -> int:
-    """How many rows of a stored matrix are read at a time: as `budget` bytes hold, in whole tiles of 256 if it can."""
+    """How many rows of a stored matrix are read at a time: as `budget` bytes hold, in whole panels if it can."""
     row = max(1, entry.nbytes // max(1, entry.shape[0]))
     rows = max(1, budget // row)
-    return min(rows // 256 * 256 or rows, max(1, entry.shape[0]))
+    return min(rows // PANEL_UNIT * PANEL_UNIT or rows, max(1, entry.shape[0]))
 
 
 def pieces(entry: StoredTensor, budget: int, buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
@@ -265,6 +268,10 @@ def _normal(name: str) -> tuple[str, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # reading a pipe, or a device, would not end
+        raise ValueError(f"{str(path)!r} is no regular file, expected JSON")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{str(path)!r} has {path.stat().st_size:,} bytes, expected {_LARGEST_JSON:,} at most")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

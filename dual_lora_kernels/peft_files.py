@@ -25,6 +25,8 @@ PEFT_NAME = "DUAL_LORA"
 PEFT_PREFIX = "dual_adapter"
 """What the tuner's parts of a model's state are called. PEFT takes names with ``lora_`` for LoRA's."""
 _BASE = "base_model.model."
+_COPY = ".base_layer.weight"
+"""The end of the name of W0's copy, which PEFT saves with an adapted output head."""
 _SHARED = ("dropout", "init_std", "ste", "rounding", "clip_bound")
 """Options that PEFT's format has once for all layers."""
 
@@ -57,7 +59,7 @@ def _adapter(settings: Mapping[str, Any], saved: SafetensorsFile) -> Adapter:
         if found:
             names[f"{layer}.{tensor_name}"] = key
             layers += [layer] if tensor_name == "scale" else []
-        else:
+        elif not name.endswith(_COPY) or f"{key.removesuffix(_COPY)}.{PEFT_PREFIX}.scale" not in saved.tensors:
             whole.add(_saved_module(name, settings.get("modules_to_save") or ()))
             names[name] = key
     if not layers:

@@ -33,6 +33,8 @@ _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 """Of one element, for all of the format's dtypes."""
 _LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors library's own limit."""
+_MOST_DIMENSIONS = 64
+"""PyTorch's own limit. The product of a million sizes would take hours."""
 
 
 class StoredTensor(NamedTuple):
@@ -226,10 +228,12 @@ def _tensor(name: str, entry: object, data: int) -> StoredTensor:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise ValueError(f"{name} is of {dtype!r}, expected one of {', '.join(_BITS)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{name} has the shape {shape!r} at {offsets!r}, expected integers of 0 and more")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{name} has {len(shape)} dimensions, expected {_MOST_DIMENSIONS} at most")
     start, stop = offsets
     if stop - start != byte_count(dtype, tuple(shape)):
         raise ValueError(f"{name} has {stop - start} bytes, expected {byte_count(dtype, tuple(shape))} by its shape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -78,6 +79,25 @@ def test_several_that_could_be_meant(tmp_path: Path) -> None:
     state = {f"{name}.layers.0.q.weight": torch.zeros(3, 2) for name in ("text", "vision")}
     with checkpoint(tmp_path, state) as base, pytest.raises(ValueError, match=r"could be meant: text\..*, vision\."):
         base.layer("layers.0.q", (3, 2))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_what_would_be_read_without_end_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    """A pipe, a device, and a file that fills the memory."""
+    base = save_base(llama(), tmp_path / "base")
+    (base / name).unlink()
+    os.mkfifo(base / name)
+    with pytest.raises(ValueError, match=rf"{name}' is no regular file, expected JSON"):
+        BaseCheckpoint(base)
+    (base / name).unlink()
+    (base / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{name}' is no regular file, expected JSON"):
+        BaseCheckpoint(base)
+    (base / name).unlink()
+    (base / name).touch()
+    os.truncate(base / name, 2**40)  # no block of it is on the disk
+    with pytest.raises(ValueError, match=rf"{name}' has 1,099,511,627,776 bytes, expected 100,000,000 at most"):
+        BaseCheckpoint(base)
 
 
 def test_the_models_of_conv1d_are_those_of_transformers() -> None:

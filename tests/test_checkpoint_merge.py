@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +27,9 @@ from dual_lora_kernels import (
 from dual_lora_kernels.adaptable import is_transposed
 from dual_lora_kernels.checkpoint_merge import shards
 from dual_lora_kernels.linear import dual_lora_layers
+from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
 
+from .checkpoints import write_tensors
 from .merged_checkpoints import assert_same_weights, content, equal_bits, load_base, save_adapter, save_base, tensors
 from .models import gpt2, llama, logits
 
@@ -42,8 +45,9 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few rows at a time, and several groups of pieces a file."""
+    """A few rows at a time, not in whole tiles, and several groups of pieces a file."""
     monkeypatch.setattr(shards, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(shards, "PANEL_UNIT", 1)
     monkeypatch.setattr(shards, "_GROUP_BYTES", 5000)
 
 
@@ -96,6 +100,7 @@ def test_the_head_gets_a_weight_of_its_own_and_the_embedding_stays(tmp_path: Pat
     assert any("tie_word_embeddings" in note for note in summary.notes)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == after.keys()
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in after.values())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
 
 
@@ -179,6 +184,43 @@ def test_modules_that_are_saved_whole_replace_the_bases(tmp_path: Path) -> None:
     save_dual_lora(model, tmp_path / "adapter")
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", verify=True)
     assert_same_weights(load_base(tmp_path / "out"), merge_dual_lora(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.norm", torch.full((32,), torch.nan), "got nan, expected finite values"),
+        ("lm_head", torch.full((61, 32), torch.inf), "got inf, expected finite values"),
+        ("model.norm", torch.ones(32, dtype=torch.int64), "is of I64, expected the base's F32"),
+        ("model.norm", torch.ones(32, dtype=torch.bool), "is of BOOL, expected the base's F32"),
+        ("model.norm", torch.ones(31), r"has shape \(31,\), expected the base's \(32,\)"),
+        ("model.embed_tokens", torch.ones(61, 32), "is of no adapted layer and of no module in modules_to_save"),
+        ("model.norm_", torch.ones(32), "is of no adapted layer and of no module in modules_to_save"),
+    ],
+)
+def test_modules_that_are_refused(name: str, tensor: torch.Tensor, message: str, tmp_path: Path) -> None:
+    base = save_base(llama(), tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", modules_to_save=["lm_head", "model.norm"])
+    write_tensors(tmp_path / "adapter", lambda state: state.update({f"{name}.weight": tensor}))
+    with pytest.raises(ValueError, match=rf"dual_lora_model\.safetensors': {name}\.weight:? {message}"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_pefts_adapter_of_an_output_head(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT saves a copy of an adapted head's W0 with it."""
+    base = save_base(llama(tied=tied, dtype=dtype), tmp_path / "base")
+    torch.manual_seed(1)
+    options = {"r1": 3, "r2": 2, "alpha": 1.0, "init_std": 0.3}
+    model = get_peft_model(load_base(base), PeftDualLoraConfig(target_modules=["lm_head", "q_proj"], **options))
+    model.save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.lm_head.base_layer.weight" in tensors(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    loaded = load_dual_lora(load_base(base), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert torch.equal(logits(load_base(tmp_path / "out")), logits(merge_dual_lora(loaded)))
 
 
 def test_a_new_module_is_added_and_said(tmp_path: Path) -> None:

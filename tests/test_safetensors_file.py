@@ -115,6 +115,8 @@ def _entry(start: int, stop: int, shape: list[Any] | None = None, dtype: str = "
         (_file({"a": _entry(0, 8, [2.0])}, bytes(8)), "expected integers of 0 and more"),
         (_file({"a": _entry(0, 8, [2**62, 2**62])}, bytes(8)), "by its shape"),
         (_file({"a": _entry(0, 8, dtype="Q4")}, bytes(8)), "expected one of BOOL"),
+        (_file({"a": _entry(0, 8, [2**62] * 100_000)}, bytes(8)), "has 100000 dimensions, expected 64 at most"),
+        (_file({"a": _entry(0, 8) | {"dtype": []}}, bytes(8)), "expected one of BOOL"),
         (_file({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "has not dtype"),
         (_file({"a": _entry(0, 1, [3], "F4")}, bytes(1)), "no whole bytes"),
         (b"PK\x03\x04" + bytes(100), "truncated|header"),

@@ -20,12 +20,12 @@ import torch
 
 from .._version import __version__
 from ..backends import resolve_backend
-from ..base_checkpoint import CONFIG_FILE, INDEX_FILE, BaseCheckpoint
+from ..base_checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, BaseCheckpoint
 from ..durable_files import flush_file
 from ..runtime_settings import default_backend
 from ..safetensors_file import LazyTensors, SafetensorsFile, file_header
 from ..saved_layers import SavedLayers
-from .other_files import check_own, copy_files, other_files
+from .other_files import COPIED_FOLDERS, check_own, copy_files, other_files
 from .plan import Output, Plan, make_plan
 from .shards import write_shard
 from .unfinished import Unfinished
@@ -79,7 +79,7 @@ def merge_checkpoint(
     """Merge saved adapters, one after the other, into the checkpoint in `base`, and write a plain one into `out`.
 
     `base` is a folder of transformers' safetensors files, sharded or not, in bf16, fp16, fp32 or fp64; `adapters` are
-    folders that `save_dual_lora` or PEFT wrote. Weights are read, merged and written in pieces of 16 MB for each
+    folders that `save_dual_lora` or PEFT wrote. Weights are read, merged and written in pieces of some MB for each
     thread, whatever their size, so a checkpoint need not fit in memory. Merged weights are bit for bit those that
     training computed with on the backend that runs here. `out` has the base's files, names and order of tensors, with
     its configuration, tokenizer and code, and nothing of this package.
@@ -121,7 +121,8 @@ def merge_checkpoint(
         try:
             check_out(out, [base, *folders], overwrite)
             resumed, verification = _build(unfinished, checkpoint, plan, names, backend, verify, progress)
-            unfinished.publish()
+            check_out(out, [base, *folders], overwrite)  # somebody may have made it meanwhile
+            unfinished.publish(overwrite)
         except KeyboardInterrupt:
             unfinished.keep()
             raise
@@ -147,6 +148,8 @@ def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
     """Raise ValueError unless `out` is new, or a checkpoint that may be overwritten, and apart from all `inputs`."""
     if out.is_symlink():
         raise ValueError(f"out: got {str(out)!r}, which is a symbolic link, expected a new folder")
+    if out.name in ("", "..") or os.path.ismount(out):  # these cannot be renamed
+        raise ValueError(f"out: got {str(out)!r}, expected a new folder's name; of a mounted volume, one in it")
     real = out.resolve()
     for path in inputs:
         other = path.resolve()
@@ -156,9 +159,16 @@ def check_out(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"out: got {str(out)!r}, which exists, expected a new folder, or overwrite (--overwrite)")
-    if not out.is_dir() or (any(out.iterdir()) and not any(out.glob("*.safetensors"))):
+    if not out.is_dir() or (
+        any(out.iterdir()) and not any((out / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
+    ):
         raise ValueError(
             f"out: got {str(out)!r}, which holds no checkpoint, expected one to overwrite, or a new folder"
+        )
+    more = sorted(path.name for path in out.iterdir() if path.is_dir() and path.name not in COPIED_FOLDERS)
+    if more:
+        raise ValueError(
+            f"out: got {str(out)!r}, which holds the folder {more[0]!r} too, expected a checkpoint alone to overwrite"
         )
 
 
@@ -175,8 +185,11 @@ def _inputs(
         "version": __version__,
         "backend": backend,
         "dtype": str(dtype),
+        "config": base.config,
+        # Not by the time of change alone, which tools can set, to the same for all files.
         "files": [
-            [file.path.name, state.st_size, state.st_mtime_ns] for file, state in zip(opened, states, strict=True)
+            [str(file.path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+            for file, state in zip(opened, states, strict=True)
         ],
         "settings": [{layer: repr(config) for layer, config in layers.adapter.configs.items()} for layers in adapters],
     }

@@ -11,7 +11,7 @@ _WEIGHTS = (
 )  # fmt: skip
 _LEFT_OUT = ("README.md", "config.json", "adapter_config.json", "dual_lora_config.json")
 """The model card speaks of the base; config.json is written by itself; an adapter's settings are no model's."""
-_FOLDERS = ("additional_chat_templates",)
+COPIED_FOLDERS = ("additional_chat_templates",)
 _LARGEST = 256 * 2**20
 """Bytes of one such file. Tokenizers have some ten MB."""
 
@@ -25,7 +25,7 @@ def other_files(folder: Path) -> list[Path]:
     """
     found = [path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in _LEFT_OUT]
     files = [path for path in found if not path.name.endswith(_WEIGHTS) and not path.is_dir()]
-    for name in _FOLDERS:
+    for name in COPIED_FOLDERS:
         if (folder / name).is_dir():
             files += [path for path in (folder / name).iterdir() if not path.is_dir()]
     for path in files:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..base_checkpoint import BaseCheckpoint, StoredWeight, is_head
+from ..base_checkpoint import BaseCheckpoint, StoredWeight, is_head, piece_rows
 from ..safetensors_file import DTYPES, LazyTensors, SafetensorsFile, StoredTensor, byte_count, format_name
 from ..saved_layers import SavedLayers
-from ..validation import SUPPORTED_DTYPES
+from ..validation import SUPPORTED_DTYPES, check_finite
+
+_AT_A_TIME = 16 * 2**20
+"""Bytes of a module saved whole that are checked at once."""
 
 
 class Update(NamedTuple):
@@ -121,6 +125,9 @@ def _replaced(base: BaseCheckpoint, layers: SavedLayers, dtype: torch.dtype | No
     for key in adapter.state:
         if key.rpartition(".")[0] in adapter.configs:
             continue
+        if not any(key.startswith(f"{module}.") for module in adapter.modules_to_save):
+            raise ValueError(f"{str(layers.file)!r}: {key} is of no adapted layer and of no module in modules_to_save")
+        _check_finite(layers, key)
         name = base.find(key) or key
         output = _as_it_is(adapter.state.file, adapter.state.stored_name(key), dtype)
         if name in base.tensors:
@@ -130,9 +137,33 @@ def _replaced(base: BaseCheckpoint, layers: SavedLayers, dtype: torch.dtype | No
                     f"{str(layers.file)!r}: {key} has shape {output.entry.shape}, expected the base's {stored.shape}: "
                     "is it of another model?"
                 )
+            if output.entry.dtype != stored.dtype and not _are_numbers(output.entry, stored):
+                raise ValueError(
+                    f"{str(layers.file)!r}: {key} is of {output.entry.dtype}, expected the base's {stored.dtype}"
+                )
             output = output._replace(dtype=_as_it_is(base.tensors[name], name, dtype).dtype)
         found.append((name, output, next(reversed(base.files))))
     return found
+
+
+def _are_numbers(*entries: StoredTensor) -> bool:
+    return all(DTYPES.get(entry.dtype) in SUPPORTED_DTYPES for entry in entries)
+
+
+def _check_finite(layers: SavedLayers, key: str) -> None:
+    """Raise ValueError for NaN and infinity in a tensor of a module that an adapter has whole; read in pieces."""
+    assert isinstance(layers.adapter.state, LazyTensors)
+    file, stored, entry = (
+        layers.adapter.state.file,
+        layers.adapter.state.stored_name(key),
+        layers.adapter.state.entry(key),
+    )
+    if not _are_numbers(entry):
+        return
+    step = piece_rows(entry, _AT_A_TIME) if entry.shape else 1
+    for start in range(0, entry.shape[0] if entry.shape else 1, step):
+        part = file.read_rows(stored, start, min(start + step, entry.shape[0])) if entry.shape else file.read(stored)
+        check_finite(f"{str(layers.file)!r}: {key}", part)
 
 
 def _config(config: Mapping[str, Any], dtype: torch.dtype | None, unties: bool) -> dict[str, Any] | None:
@@ -161,9 +192,17 @@ def _index(base: BaseCheckpoint, shards: Mapping[str, Mapping[str, Output]]) -> 
         return None
     total = sum(output.nbytes for outputs in shards.values() for output in outputs.values())
     metadata = base.index.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(
+            math.prod(output.entry.shape)
+            for outputs in shards.values()
+            for name, output in outputs.items()
+            if name not in base.tensors
+        )
     weights = {name: file for file, outputs in shards.items() for name in outputs}
     return {
         **base.index,
-        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": total},
+        "metadata": metadata,
         "weight_map": dict(sorted(weights.items())),
     }

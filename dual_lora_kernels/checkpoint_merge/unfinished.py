@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..durable_files import flush_file, flush_folder
 
 if sys.platform != "win32":
     import fcntl
+
+_logger = logging.getLogger("dual_lora_kernels")
 
 
 class Unfinished:
@@ -33,11 +36,12 @@ class Unfinished:
 
     def __init__(self, out: Path, inputs: Mapping[str, Any]) -> None:
         self._out, self._root = out, out.with_name(f".{out.name}.unfinished")
-        self.folder = self._root / "checkpoint"
+        self.folder, self._before = self._root / "checkpoint", self._root / "replaced"
+        self._is_published = False
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._root.mkdir(exist_ok=True)
-        self._lock = (self._root / "lock").open("wb")
-        self._take()
+        if self._root.is_symlink():
+            raise OSError(errno.EEXIST, f"out: {str(self._root)!r} is a symbolic link, expected none, or a folder")
+        self._lock = self._taken()
         try:
             self.resumes = self._begin(json.dumps(inputs, indent=1, sort_keys=True))
         except BaseException:
@@ -46,10 +50,15 @@ class Unfinished:
 
     def _begin(self, text: str) -> bool:
         """Go on with what is there where `text` is what it says of itself, else begin anew; whether it goes on."""
-        if (self._root / "replaced").exists() and not self._out.exists():  # a process was killed within `publish`
-            os.rename(self._root / "replaced", self._out)
+        if self._before.exists() and not self._out.exists():  # a process was killed within `publish`
+            os.rename(self._before, self._out)
         record = self._root / "inputs.json"
-        if self.folder.is_dir() and record.is_file() and record.read_text(encoding="utf-8") == text:
+        if self.folder.is_dir() and record.is_file() and record.read_bytes() == text.encode():
+            for path in self.folder.iterdir():  # half a file; what was copied from the base may be no longer there
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.suffix != ".safetensors":
+                    path.unlink()
             return True
         shutil.rmtree(self.folder, ignore_errors=True)
         record.write_text(text, encoding="utf-8")
@@ -57,16 +66,23 @@ class Unfinished:
         self.folder.mkdir()
         return False
 
-    def _take(self) -> None:
-        if sys.platform == "win32":
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._lock.close()
-                raise OSError(error.errno, f"out: another process is merging into {str(self._out)!r}") from None
-            # A file system without locks.
+    def _taken(self) -> BinaryIO:
+        """The lock, which this process has."""
+        while True:
+            self._root.mkdir(exist_ok=True)
+            lock = (self._root / "lock").open("wb")
+            if sys.platform == "win32":
+                return lock
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    lock.close()
+                    raise OSError(error.errno, f"out: another process is merging into {str(self._out)!r}") from None
+                # A file system without locks.
+            if os.fstat(lock.fileno()).st_nlink:
+                return lock
+            lock.close()  # its process removed it, and the folder, before it was locked
 
     def partial(self, name: str) -> Path:
         """Where a file is written before it is whole."""
@@ -82,24 +98,36 @@ class Unfinished:
         flush_file(self.partial(name))
         os.replace(self.partial(name), self.folder / name)
 
-    def publish(self) -> None:
-        """Give the folder its name. What has that name is moved aside, and removed once the new one is there."""
-        for path in self.folder.iterdir():
-            if path.name.endswith(".partial"):
-                path.unlink()
+    def publish(self, overwrite: bool) -> None:
+        """Give the folder its name.
+
+        What has that name is moved aside with `overwrite`, and removed once the new one is there. Without, OSError is
+        raised unless it is an empty folder.
+        """
         flush_folder(self.folder)
-        before = self._root / "replaced"
-        shutil.rmtree(before, ignore_errors=True)
-        if self._out.exists():
-            os.rename(self._out, before)
+        shutil.rmtree(self._before, ignore_errors=True)
+        if overwrite and self._out.exists():
+            os.rename(self._out, self._before)
         os.rename(self.folder, self._out)
+        self._is_published = True
         flush_folder(self._out.parent)
         self.remove()
 
     def remove(self) -> None:
-        """Remove what is unfinished."""
+        """Remove what is unfinished. What was moved aside for it is put back, or stays there where that fails."""
+        if not self._is_published and self._before.exists():
+            try:
+                os.rename(self._before, self._out)
+            except OSError as error:
+                _logger.warning("%s is in %s, and cannot be put back: %s", self._out, self._before, error)
+                self.keep()
+                return
+        if sys.platform == "win32":  # an open file cannot be removed there
+            self._lock.close()
+        # The lock goes last: who gets it must not have its files removed.
+        for path in (self.folder, self._before, self._root):
+            shutil.rmtree(path, ignore_errors=True)
         self._lock.close()
-        shutil.rmtree(self._root, ignore_errors=True)
 
     def keep(self) -> None:
         """Leave it for a later process."""
