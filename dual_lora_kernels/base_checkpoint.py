@@ -27,7 +27,8 @@ _CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 _INTERCHANGEABLE = {"model", "language_model", "text_model"}
 """Parts of names that transformers' versions put in other places: ``language_model.model.layers`` is what is written of
 the module ``model.language_model.layers``."""
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight")
+"""The ends of input embeddings' names."""
 _HEADS = ("lm_head", "embed_out", "output")
 
 
@@ -179,7 +180,8 @@ class BaseCheckpoint:
             tensor = self._embedding(shape)
         if tensor is None:
             raise ValueError(
-                f"base: {str(self.folder)!r} has no {name}.weight, which the adapter is for: is it another model's?"
+                f"base: {str(self.folder)!r} has no {name}.weight, which the adapter is for: is it another model's? "
+                "Where transformers ties or renames that weight, merge in memory: merge_dual_lora()"
             )
         file = self.tensors[tensor]
         weight = StoredWeight(file, tensor, shape, self._is_transposed(name, tensor, shape), is_tied)
@@ -208,7 +210,7 @@ class BaseCheckpoint:
         found = [
             name
             for name, file in self.tensors.items()
-            if name.endswith(_EMBEDDINGS) and file.tensors[name].shape == shape
+            if name.endswith(EMBEDDINGS) and file.tensors[name].shape == shape
         ]
         return found[0] if len(found) == 1 else None
 

@@ -223,6 +223,32 @@ def test_pefts_adapter_of_an_output_head(tied: bool, dtype: torch.dtype, tmp_pat
     assert torch.equal(logits(load_base(tmp_path / "out")), logits(merge_dual_lora(loaded)))
 
 
+def test_an_embedding_that_is_saved_whole_under_a_tied_head(tmp_path: Path) -> None:
+    """PEFT trains a copy of it, and leaves the head the base's."""
+    for tied in (True, False):
+        base = save_base(llama(tied=tied), tmp_path / f"base{tied}")
+        config = PeftDualLoraConfig(target_modules=["q_proj"], r1=3, r2=2, modules_to_save=["embed_tokens"])
+        get_peft_model(load_base(base), config).save_pretrained(tmp_path / f"adapter{tied}")
+    with pytest.raises(ValueError, match=r"safetensors': model\.embed_tokens\.weight is saved whole, and .* is tied"):
+        merge_checkpoint(tmp_path / "baseTrue", tmp_path / "adapterTrue", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_checkpoint(tmp_path / "baseFalse", tmp_path / "adapterFalse", tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_loading_would_round_to_is_said(key: str, tmp_path: Path) -> None:
+    """transformers loads, and trains, in config.json's dtype, whatever the tensors have."""
+    base = save_base(llama(), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps({**config, key: "bfloat16"}))
+    trained = save_adapter(base, tmp_path / "adapter")
+    (note,) = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out").notes
+    assert note.startswith("merged weights are in float32, config.json says bfloat16: ")
+    assert merge_checkpoint(base, tmp_path / "adapter", tmp_path / "cast", dtype=torch.bfloat16).notes == ()
+    assert_same_weights(load_base(tmp_path / "cast"), merge_dual_lora(trained))
+
+
 def test_a_new_module_is_added_and_said(tmp_path: Path) -> None:
     """A classification head, say, of which the base knows nothing."""
     base = save_base(llama(), tmp_path / "base")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from ..base_checkpoint import BaseCheckpoint, StoredWeight, is_head, piece_rows
+from ..base_checkpoint import EMBEDDINGS, BaseCheckpoint, StoredWeight, is_head, piece_rows
 from ..safetensors_file import DTYPES, LazyTensors, SafetensorsFile, StoredTensor, byte_count, format_name
 from ..saved_layers import SavedLayers
 from ..validation import SUPPORTED_DTYPES, check_finite
 
+_WITH_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How classes are called whose output heads transformers may tie to the input embedding."""
 _AT_A_TIME = 16 * 2**20
 """Bytes of a module saved whole that are checked at once."""
 
@@ -97,10 +99,45 @@ def make_plan(base: BaseCheckpoint, adapters: Sequence[SavedLayers], dtype: torc
             updates = (*present.updates, Update(layers, layer))
             shards[file][name] = present._replace(updates=updates, transposed=weight.transposed)
             unties |= is_head(layer)
+    _check_tied(base, own, adapters)
     unties &= bool(base.config.get("tie_word_embeddings", True))
     if unties:
         notes.append("the output head has a weight of its own now: tie_word_embeddings is false in config.json")
+    if dtype is None:
+        notes += _other_dtype(base, shards)
     return Plan(shards, _config(base.config, dtype, unties), _index(base, shards), tuple(notes))
+
+
+def _check_tied(base: BaseCheckpoint, names: Iterable[str], adapters: Sequence[SavedLayers]) -> None:
+    """Raise ValueError where an adapter has an embedding whole that an output head without a weight of its own uses.
+
+    PEFT trains a copy of the embedding, and the head goes on with the base's: loading would tie it to the copy.
+    """
+    generates = any(str(name).endswith(_WITH_HEADS) for name in base.config.get("architectures") or ())
+    if not generates or not base.config.get("tie_word_embeddings", True):
+        return
+    if any(is_head(name.rpartition(".")[0]) for name in names):
+        return
+    for layers in adapters:
+        for key in layers.adapter.state:
+            if key.endswith(EMBEDDINGS):
+                raise ValueError(
+                    f"{str(layers.file)!r}: {key} is saved whole, and in {str(base.folder)!r} the output head is tied "
+                    "to it, which in training kept the base's weight: merge in memory"
+                )
+
+
+def _other_dtype(base: BaseCheckpoint, shards: Mapping[str, Mapping[str, Output]]) -> list[str]:
+    """A note where from_pretrained, which loads in the dtype that config.json names, would round merged weights."""
+    named = base.config.get("dtype") or base.config.get("torch_dtype")
+    merged = {output.dtype for outputs in shards.values() for output in outputs.values() if output.updates}
+    dtypes = {str(DTYPES[name]).removeprefix("torch.") for name in merged}
+    if not isinstance(named, str) or dtypes <= {named}:
+        return []
+    return [
+        f"merged weights are in {', '.join(sorted(dtypes))}, config.json says {named}: loading in that rounds them to "
+        "nearest, other than training did; --dtype casts the base first, as from_pretrained did before training"
+    ]
 
 
 def _as_it_is(file: SafetensorsFile, tensor: str, dtype: torch.dtype | None) -> Output:
