@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .adapter_files import write_adapter
 from .adapter_state import check_value
 from .peft_files import PEFT_CONFIG_FILE, write_peft_files
-from .saved_adapter import open_adapter
+from .saved_adapter import open_adapter, weights_file
 from .validation import check_choice
 
 FORMATS = ("dual_lora", "peft")
@@ -50,8 +50,9 @@ def convert_adapter(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: got {str(out)!r}, which exists and is not empty, expected a new folder")
     adapter = adapter._replace(state=dict(adapter.state))
+    file = str(weights_file(folder))
     for name, tensor in adapter.state.items():
-        check_value("adapter", name, tensor, tensor.dtype)
+        check_value(repr(file), name, tensor, tensor.dtype)
     notes = []
     if target == "dual_lora":
         write_adapter(out, adapter)
@@ -64,5 +65,8 @@ def convert_adapter(
             about["base_model_name_or_path"] = base_model
         if about["base_model_name_or_path"] is None:
             notes.append("it names no base model: AutoPeftModel cannot load it; PeftModel.from_pretrained(base, …) can")
-        write_peft_files(out, adapter, about, {})
+        try:
+            write_peft_files(out, adapter, about, {})
+        except ValueError as error:
+            raise ValueError(f"{file!r}: {error}") from error
     return Conversion(str(out), source, target, len(adapter.configs), len(adapter.state), tuple(notes))

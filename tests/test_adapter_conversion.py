@@ -82,7 +82,9 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
     assert content(tmp_path) == before | {"taken/thesis.tex": b"years"}
     assert not (tmp_path / "new").exists()
     write_tensors(tmp_path / "own", lambda state: next(iter(state.values())).view(-1)[:1].fill_(torch.nan))
-    with pytest.raises(ValueError, match=r"adapter: model.*: got nan, expected finite values"):
+    with pytest.raises(
+        ValueError, match=r"/own/dual_lora_model\.safetensors': model.*: got nan, expected finite values"
+    ):
         convert_adapter(tmp_path / "own", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -92,6 +94,8 @@ def test_layers_that_pefts_format_cannot_tell_apart(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "own" / SETTINGS_FILE).read_text())
     next(iter(settings["layers"].values()))["ste"] = "dorefa"
     write_settings(tmp_path / "own", json.dumps(settings))
-    with pytest.raises(ValueError, match=r"has ste 'clip', others 'dorefa'; .* use save_dual_lora"):
+    with pytest.raises(
+        ValueError, match=r"dual_lora_model\.safetensors': .*has ste 'clip', others 'dorefa'; .* use save_dual_lora"
+    ):
         convert_adapter(tmp_path / "own", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
