@@ -479,10 +479,10 @@ def test_verifying_admits_what_sums_in_another_order_give(here: Path, monkeypatc
     save_adapter(here / "base", here / "adapter", r1=16, r2=16)
     read = verify.FactorCache.__getitem__
 
-    def shuffled(cache: Any, update: Any) -> Factors:
-        A, B, C, D, scale = read(cache, update)
+    def shuffled(cache: Any, update: Any) -> shards.Read:
+        (A, B, C, D, scale), largest = read(cache, update)
         order = torch.arange(16).flip(0)
-        return Factors(A[order], B[:, order], C[order], D[:, order], scale)
+        return shards.Read(Factors(A[order], B[:, order], C[order], D[:, order], scale), largest)
 
     class Shuffled(verify.FactorCache):
         __getitem__ = shuffled

@@ -25,6 +25,8 @@ PIECE_BYTES = 2 * 2**20
 other in writes, and a merge of 1.9 GB took 3.9 s instead of 2.4 (AMD EPYC, Zen 3, 2 cores)."""
 _GROUP_BYTES = 256 * 2**20
 """After as many bytes the threads meet, so that Ctrl-C is heard."""
+_FACTOR_BYTES = 64 * 2**20
+"""Of factors that are kept for other threads; one layer's at least."""
 _CPU = torch.device("cpu")
 
 Progress = Callable[[int], None]
@@ -85,9 +87,14 @@ class Read(NamedTuple):
     factors: Factors
     largest: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(factor.nbytes for factor in self.factors)
+
 
 class FactorCache:
-    """The factors of the layers that threads work on, each read once; not more of them than that are in memory."""
+    """The factors of the layers that threads work on, so that threads on the same layer read it once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -97,10 +104,10 @@ class FactorCache:
         key = id(update.layers), update.layer
         with self._lock:
             if key not in self._kept:
-                while len(self._kept) > 2 * torch.get_num_threads():
-                    del self._kept[next(iter(self._kept))]
                 factors = update.layers.factors(update.layer)
                 self._kept[key] = Read(factors, largest_update(factors))
+                while len(self._kept) > 1 and sum(read.nbytes for read in self._kept.values()) > _FACTOR_BYTES:
+                    del self._kept[next(iter(self._kept))]
             return self._kept[key]
 
 
