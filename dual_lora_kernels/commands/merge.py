@@ -17,7 +17,7 @@ _EPILOG = """\
 example:
   dual-lora merge models/Llama-3-8B runs/adapter models/Llama-3-8B-tuned --verify
 
-The result loads with AutoModelForCausalLM.from_pretrained and in vLLM, without this package. A merge that was killed
+The result loads with AutoModelForCausalLM.from_pretrained, where this package is not installed. A merge that was killed
 leaves .<OUT>.unfinished beside OUT; the same command goes on with it. Memory stays some hundred MB, however large the
 model. Exit status: 0 merged, 1 something does not fit, is damaged or cannot be written, 2 wrong usage, 130 Ctrl-C.
 """
