@@ -42,18 +42,29 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return (status, *capsys.readouterr())
 
 
-@pytest.mark.parametrize("command", ["merge", "convert", "inspect"])
-def test_help_has_an_example_that_parses(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
+    """(help, the words of its example)."""
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])
     assert done.value.code == 0
     text = capsys.readouterr().out
     (example,) = (line.split() for line in text.splitlines() if line.startswith(f"  dual-lora {command} "))
-    assert "Exit status" in text.replace("exit status", "Exit status")
+    return text, example
+
+
+@pytest.mark.parametrize("command", ["doctor", "merge", "inspect", "convert", "tune"])
+def test_help_has_an_example_and_says_what_statuses_mean(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text, example = help_of(command, capsys)
+    assert "Exit status: 0 " in text
+    assert "--json" in text
     for option in (word for word in example if word.startswith("--")):
         assert f" {option}" in text.partition("example")[0], "the example's options are explained"
-    status = cli.main(example[1:])
-    assert status == 1, "its folders do not exist here"
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "inspect"])
+def test_examples_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, example = help_of(command, capsys)
+    assert cli.main(example[1:]) == 1, "its folders do not exist here"
     assert f"dual-lora {command}: " in capsys.readouterr().err
 
 

@@ -11,14 +11,22 @@ from typing import TextIO
 from .. import doctor, self_check
 from .common import Subparsers
 
+_EPILOG = """\
+example:
+  dual-lora doctor --check --json
+
+Exit status: 0 layers run on every device and every check passes, 1 they do not, 2 wrong usage.
+"""
+
 
 def add(subparsers: Subparsers) -> None:
     """Add the parser."""
     parser = subparsers.add_parser(
         "doctor",
         help="which backend runs on each device, and why",
-        description="Which backend runs on each device of this machine, and why the others do not. "
-        "The exit status is 0 where layers run on every device and every check passes, else 1.",
+        description="Which backend runs on each device of this machine, and why the others do not.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="the same facts as a JSON object, for bug reports")
     parser.add_argument(

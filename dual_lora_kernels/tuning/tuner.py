@@ -332,11 +332,13 @@ def run(tuner: Tuner, kernels: Sequence[str], minutes: float, path: Path) -> Non
         TABLE[tuner.chip.family] = before
 
 
-def tune(kernels: Sequence[str], minutes: float, path: Path, tiny: bool = False) -> None:
-    """Measure `kernels` (none named: all) for at most `minutes` and rewrite this GPU family's entries at `path`.
+def tune(kernels: Sequence[str], minutes: float, path: Path, tiny: bool = False, *, to_stderr: bool = False) -> str:
+    """Measure `kernels` (none named: all) for at most `minutes`, rewrite this GPU's entries at `path`; its family.
 
-    `tiny` walks through it in Triton's interpreter instead. Raises ValueError for an unknown kernel, without a GPU, and
-    where measurements that mean nothing would overwrite the shipped table; OSError where `path` cannot be written.
+    `tiny` walks through it in Triton's interpreter instead. What goes on is told on stdout or stderr.
+
+    Raises ValueError for an unknown kernel, without a GPU, and where measurements that mean nothing would overwrite the
+    shipped table; OSError where `path` cannot be written.
     """
     for kernel in kernels:
         check_choice("kernels", kernel, KERNELS)
@@ -352,8 +354,9 @@ def tune(kernels: Sequence[str], minutes: float, path: Path, tiny: bool = False)
     chip = architecture(device)
     if isinstance(chip, str):
         raise ValueError(chip)
-    console = Console()
+    console = Console(stderr=to_stderr)
     torch.manual_seed(0)
     console.print(f"tuning {chip.family}, at most {minutes:g} minutes")
     run(Tuner(device, chip, TINY if tiny else Plan(), console), kernels or KERNELS, minutes, path)
     console.print(f"written to {path}")
+    return chip.family
