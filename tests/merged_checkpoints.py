@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dual_lora_kernels import DualLoraConfig, apply_dual_lora, save_dual_lora
+from dual_lora_kernels import DualLoraConfig, apply_dual_lora, merge_checkpoint, save_dual_lora
 
-from .models import configuration
+from .models import configuration, llama
 
 
 def save_base(model: Any, folder: Path, shard: str = "20KB") -> Path:
@@ -64,3 +65,19 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
     for name, parameter in one.named_parameters():
         assert equal_bits(parameter.detach(), others[name].detach()), name
     assert len(others) == len(dict(one.named_parameters()))
+
+
+def save_inputs(folder: Path) -> Path:
+    """A base in shards and an adapter for it."""
+    save_base(llama(dtype=torch.float16), folder / "base")
+    save_adapter(folder / "base", folder / "adapter")
+    return folder
+
+
+def refused(here: Path, error: type[Exception], message: str, **options: Any) -> None:
+    """Merging raises, with `message`; all files are as before, and there are no others."""
+    before = content(here)
+    with pytest.raises(error, match=message):
+        merge_checkpoint(here / "base", here / "adapter", here / "out", **options)
+    assert content(here) == before
+    assert {path.name for path in here.iterdir()} == {"base", "adapter"}

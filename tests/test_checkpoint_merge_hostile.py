@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora_kernels import merge_checkpoint
 from dual_lora_kernels.adapter_files import WEIGHTS_FILE
-from dual_lora_kernels.backends import Factors
-from dual_lora_kernels.checkpoint_merge import merge, plan, shards, unfinished, verify
+from dual_lora_kernels.checkpoint_merge import merge, shards, unfinished
 
 from .checkpoints import write_tensors
-from .merged_checkpoints import content, save_adapter, save_base, tensors
+from .merged_checkpoints import content, refused, save_adapter, save_base, save_inputs, tensors
 from .models import gpt2, llama
 
 ROOT = Path(__file__).parents[1]
@@ -36,26 +35,14 @@ FILE = r"dual_lora_model\.safetensors'"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in shards and an adapter for it, which tests copy."""
-    folder = tmp_path_factory.mktemp("saved")
-    save_base(llama(dtype=torch.float16), folder / "base")
-    save_adapter(folder / "base", folder / "adapter")
-    return folder
+    """What tests copy."""
+    return save_inputs(tmp_path_factory.mktemp("saved"))
 
 
 @pytest.fixture
 def here(saved: Path, tmp_path: Path) -> Path:
     shutil.copytree(saved, tmp_path / "here")
     return tmp_path / "here"
-
-
-def refused(here: Path, error: type[Exception], message: str, **options: Any) -> None:
-    """Merging raises, with `message`; all files are as before, and there are no others."""
-    before = content(here)
-    with pytest.raises(error, match=message):
-        merge_checkpoint(here / "base", here / "adapter", here / "out", **options)
-    assert content(here) == before
-    assert {path.name for path in here.iterdir()} == {"base", "adapter"}
 
 
 def index_of(here: Path) -> dict[str, Any]:
@@ -448,58 +435,3 @@ def test_two_merges_into_one_folder(here: Path) -> None:
     own.keep()
     merge_checkpoint(here / "base", here / "adapter", here / "out")
     assert {path.name for path in here.iterdir()} == {"base", "adapter", "out"}
-
-
-# --- verifying ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bit", [0, 6, 14])
-@pytest.mark.parametrize("name", [f"{LAYER}.weight", "model.norm.weight"])
-def test_verifying_finds_a_single_other_bit(name: str, bit: int, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bit that turns between writing and verifying, of a merged weight and of a copied one."""
-    write = merge.write_shard
-
-    def damaging(path: Path, outputs: Any, *rest: Any) -> None:
-        write(path, outputs, *rest)
-        if name in outputs:
-            state = load_file(path)
-            state[name].view(torch.int16).view(-1)[7] ^= 1 << bit
-            save_file(state, path, {"format": "pt"})
-
-    monkeypatch.setattr(merge, "write_shard", damaging)
-    message = r"no order of summation explains that" if "proj" in name else "does not have the base's bytes"
-    refused(here, ValueError, rf"{name} in .*{message}", verify=True)
-
-
-def test_verifying_admits_what_sums_in_another_order_give(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns of the factors in another order are the same sums, with other last bits: in fp32, many weights differ."""
-    shutil.rmtree(here / "base")
-    save_base(llama(), here / "base")
-    shutil.rmtree(here / "adapter")
-    save_adapter(here / "base", here / "adapter", r1=16, r2=16)
-    read = verify.FactorCache.__getitem__
-
-    def shuffled(cache: Any, update: Any) -> shards.Read:
-        (A, B, C, D, scale), largest = read(cache, update)
-        order = torch.arange(16).flip(0)
-        return shards.Read(Factors(A[order], B[:, order], C[order], D[:, order], scale), largest)
-
-    class Shuffled(verify.FactorCache):
-        __getitem__ = shuffled
-
-    monkeypatch.setattr(verify, "FactorCache", Shuffled)
-    summary = merge_checkpoint(here / "base", here / "adapter", here / "out", verify=True)
-    assert summary.verification is not None
-    assert summary.verification.other_bits > summary.verification.weights // 100
-
-
-def test_verifying_finds_another_rounding(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = merge.write_shard
-
-    def to_nearest(*arguments: Any) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(plan.Update, "rounding", "nearest")
-            write(*arguments)
-
-    monkeypatch.setattr(merge, "write_shard", to_nearest)
-    refused(here, ValueError, "no order of summation explains that", verify=True)
