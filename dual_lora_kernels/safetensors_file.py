@@ -11,7 +11,6 @@ import math
 import os
 import stat
 import threading
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -173,9 +172,7 @@ def as_tensor(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     """The numbers in `buffer` as a tensor [n] that shares its memory."""
     if not len(buffer):
         return torch.empty(0, dtype=dtype, device="cpu")  # frombuffer refuses none
-    with warnings.catch_warnings():  # some versions take every memoryview for one that cannot be written
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.frombuffer(buffer, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype)
 
 
 def file_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
