@@ -19,6 +19,7 @@ from dual_lora_kernels.doctor import processor
 _AMD_DRIVER = Path("/sys/module/amdgpu/version")
 DTYPE_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 """Short names of dtypes, on command lines and in file names."""
+_BF16_UNITS = {"AMX": torch.cpu._is_amx_tile_supported, "bf16 units": torch.cpu._is_avx512_bf16_supported}
 
 
 def device_kind(device: torch.device) -> str:
@@ -31,6 +32,32 @@ def device_kind(device: torch.device) -> str:
 def load_average() -> float | None:
     """Mean number of runnable processes over the last minute; None where the system does not count them."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def commit() -> str | None:
+    """The repository's commit, "+" behind it where tracked files differ; None outside a repository."""
+    ask = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*ask, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        clean = subprocess.run([*ask, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("" if clean else "+")
+
+
+def instruction_set() -> str:
+    """What the processor multiplies with, as far as PyTorch tells: its vectors, and its bf16 units where it has any."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    units = [name for name, has in _BF16_UNITS.items() if has()]
+    return " with ".join([vectors, *units[:1]])
+
+
+def memory_gib() -> float | None:
+    """The machine's memory; None where the system does not tell."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def installed(package: str) -> str | None:
@@ -95,14 +122,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "gpu": gpu(device),
         "cpu": processor(),
+        "instruction_set": instruction_set(),
         "cores": os.cpu_count(),
+        "memory_gib": memory_gib(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton") or installed("pytorch-triton-rocm"),
         "peft": installed("peft"),
+        "transformers": installed("transformers"),
         "dual_lora_kernels": dual_lora_kernels.__version__,
+        "commit": commit(),
         "backends": dual_lora_kernels.available_backends(),
     }
 
