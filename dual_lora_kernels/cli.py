@@ -9,10 +9,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import convert, doctor, inspect, merge, tune
+from .commands import bench, convert, doctor, inspect, merge, tune
 from .commands.common import Subparsers
 
-_SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (doctor.add, merge.add, inspect.add, convert.add, tune.add)
+_SUBCOMMANDS: tuple[Callable[[Subparsers], None], ...] = (
+    doctor.add,
+    bench.add,
+    merge.add,
+    inspect.add,
+    convert.add,
+    tune.add,
+)
 """Each adds a parser whose default ``run`` takes the arguments and returns the exit status."""
 
 

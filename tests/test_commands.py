@@ -52,7 +52,7 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, list
     return text, example
 
 
-@pytest.mark.parametrize("command", ["doctor", "merge", "inspect", "convert", "tune"])
+@pytest.mark.parametrize("command", ["doctor", "bench", "merge", "inspect", "convert", "tune"])
 def test_help_has_an_example_and_says_what_statuses_mean(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text, example = help_of(command, capsys)
     assert "Exit status: 0 " in text

@@ -107,12 +107,17 @@ def _slug(words: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)|Processor|CPU", "", words).lower()).strip("-")
 
 
+def document(results: Results) -> dict[str, Any]:
+    """The results as the schema has them."""
+    return {"schema": VERSION, **dataclasses.asdict(results)}
+
+
 def write(results: Results, name: str, root: Path = MACHINES) -> Path:
     """Write ``<root>/<machine>/<name>.json``, whole or not at all, and return its path."""
     folder = root / results.machine
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    write_text(path, json.dumps({"schema": VERSION, **dataclasses.asdict(results)}, indent=1) + "\n")
+    write_text(path, json.dumps(document(results), indent=1) + "\n")
     return path
 
 
@@ -122,19 +127,19 @@ def read(path: Path) -> Results:
     Raises:
         ValueError: it has another version than this program reads.
     """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    version = document.pop("schema", None)
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    version = fields.pop("schema", None)
     if version != VERSION:
         raise ValueError(f"{path.name}: got schema {version!r}, expected {VERSION}")
     cases = tuple(
         Case(
             case["settings"],
             case["reference"],
-            {name: _measurement(fields) for name, fields in case["subjects"].items()},
+            {name: _measurement(subject) for name, subject in case["subjects"].items()},
         )
-        for case in document.pop("cases")
+        for case in fields.pop("cases")
     )
-    return Results(**{**document, "notes": tuple(document.get("notes", ()))}, cases=cases)
+    return Results(**{**fields, "notes": tuple(fields.get("notes", ()))}, cases=cases)
 
 
 def _measurement(fields: dict[str, Any]) -> Measurement:

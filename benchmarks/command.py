@@ -1,0 +1,161 @@
+"""The suite's command line: ``python -m benchmarks PRESET``, which ``dual-lora bench PRESET`` is too."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from rich.console import Console
+
+from dual_lora_kernels.commands.common import ends_in_words
+
+from .harness.environment import load_average
+from .harness.report import print_table
+from .harness.results import MACHINES, Case, Results, document, write
+from .harness.self_check import self_check, warning
+from .harness.timing import Quartiles
+from .presets.arguments import count
+
+PRESETS = ("layer", "decode", "model", "merge", "scale", "gpu")
+"""Each is the file of its name in `benchmarks.presets`."""
+PROG = "python -m benchmarks"
+_DESCRIPTION = "What Dual LoRA costs in time and memory, beside what it is compared with, on this machine."
+_EPILOG = """\
+example:
+  {prog} layer --quick
+
+{prog} PRESET --help lists a preset's options. Exit status: 0 measured, 1 something is missing or cannot be written, 2
+wrong usage, 130 Ctrl-C.
+"""
+
+
+class Preset(Protocol):
+    """A file of `benchmarks.presets`."""
+
+    HELP: str
+    """One line."""
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Add the preset's own options; ``parser.set_defaults(rounds=…)`` changes a shared one's default."""
+
+    def run(self, options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+        """Measure. `main` fills in what all presets have in common, ``command``, ``self_check`` and the load average.
+
+        `options` has, besides the preset's own, ``threads``, which PyTorch is set to already, ``rounds`` and ``quick``.
+        """
+
+    def table(self, case: Case) -> tuple[str, list[str], list[list[str]]]:
+        """(title, headings, cells) for the terminal."""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run the command line (by default the process's) and return its exit status; 2, by SystemExit, for wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=_DESCRIPTION,
+        epilog=_EPILOG.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("preset", choices=PRESETS, metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="…", help="the preset's options")
+    chosen = parser.parse_args(arguments)
+
+    @ends_in_words
+    def run(early: argparse.Namespace) -> int:
+        preset = load(chosen.preset)
+        options = _parser(f"{prog} {chosen.preset}", preset).parse_args(chosen.options)
+        return _measure(chosen.preset, preset, options, shlex.join([*shlex.split(prog), *arguments]))
+
+    return run(argparse.Namespace(command="bench", json="--json" in chosen.options))
+
+
+def load(name: str) -> Preset:
+    """The preset, imported.
+
+    Raises:
+        ValueError: a package that it needs is not installed.
+    """
+    try:
+        return cast(Preset, importlib.import_module(f"{__package__}.presets.{name}"))
+    except ImportError as error:
+        raise ValueError(
+            f"preset {name!r} cannot be imported: {error}. The benchmarks' packages come with "
+            "pip install --no-build-isolation -e '.[test]' in the project's folder"
+        ) from error
+
+
+def _parser(prog: str, preset: Preset) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=preset.HELP)
+    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads (all cores)")
+    parser.add_argument("--rounds", type=count, default=7, help="timed rounds of every case (%(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: an impression in a minute or two, written only with --out"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (benchmarks/results/machines)")
+    parser.add_argument("--name", type=_file_name, help="the results' file, without .json (the preset's name)")
+    parser.add_argument("--json", action="store_true", help="the results as a JSON object; all else goes to stderr")
+    preset.add(parser)
+    return parser
+
+
+def _file_name(text: str) -> str:
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file name without folders")
+    return text
+
+
+def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str) -> int:
+    """Measure, show, write."""
+    load_before = load_average()
+    root: Path | None = options.out or (None if options.quick else MACHINES)
+    if root is not None:
+        root.mkdir(parents=True, exist_ok=True)  # said before minutes of work, where it cannot be
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=options.json)
+    seen = self_check(getattr(options, "device", torch.device("cpu")), console)
+    problem = warning(seen)
+    if problem:
+        console.print(problem, style="bold red", markup=False)
+    measured = preset.run(options, console)
+    found = [_completed(results, typed, load_before, seen) for results in measured]
+    for results in found:
+        for case in results.cases:
+            print_table(*preset.table(case), console)
+        for note in results.notes:
+            console.print(note, markup=False)
+    if root is None:
+        console.print("Nothing was written: --quick without --out")
+    else:
+        for stem, results in _file_names(options.name or name, found).items():
+            console.print(f"written to {write(results, stem, root)}", markup=False)
+    if options.json:
+        print(json.dumps([document(results) for results in found], indent=1))
+    return 0
+
+
+def _completed(results: Results, typed: str, load_before: float | None, seen: Quartiles) -> Results:
+    """The results with what the presets leave to the command line."""
+    problem = warning(seen)
+    return dataclasses.replace(
+        results,
+        command=typed,
+        environment={**results.environment, "load_average": load_before},
+        load_average_after=load_average(),
+        self_check=dataclasses.asdict(seen),
+        notes=(*results.notes, *([problem] if problem else [])),
+    )
+
+
+def _file_names(name: str, found: Sequence[Results]) -> dict[str, Results]:
+    """`name` for the first, and `name` with a number for those after it."""
+    return {name if index == 1 else f"{name}_{index}": results for index, results in enumerate(found, 1)}

@@ -1,0 +1,194 @@
+"""The suite's command line, by a preset that measures nothing, and its self-check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+import dual_lora_kernels
+from benchmarks import command
+from benchmarks.harness import self_check
+from benchmarks.harness.environment import environment
+from benchmarks.harness.results import Case, Measurement, Results, read
+from benchmarks.harness.timing import Quartiles
+from dual_lora_kernels import cli
+from dual_lora_kernels.commands.bench import import_suite
+
+ROOT = Path(__file__).parents[1]
+
+
+def _results(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+    console.print("measuring")
+    case = Case(
+        {"kind": "step", "tokens": options.tokens},
+        "floor",
+        {"floor": Measurement((1.0, 2.0)), "lora": Measurement((2.0, 4.0))},
+    )
+    return (Results("layer", "", environment(torch.device("cpu")), (case,)),) * options.documents
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=1)
+    parser.set_defaults(rounds=4)
+
+
+@pytest.fixture(autouse=True)
+def preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = SimpleNamespace(
+        HELP="measures nothing",
+        add=_add,
+        run=_results,
+        table=lambda case: ("Steps", ["subject", "×"], [[n, f"{case.ratio(n).median:g}"] for n in case.subjects]),
+    )
+    monkeypatch.setattr(command, "load", lambda _: planted)
+    monkeypatch.setattr(command, "self_check", lambda *_: Quartiles(1.09, 1.1, 1.11))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
+def test_both_commands_measure_show_and_write_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["layer", "--tokens", "5", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--name", "mine"]) == 0
+    assert cli.main(["bench", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Steps") == 2
+    (mine,), (other,) = tmp_path.glob("*/mine.json"), tmp_path.glob("*/layer.json")
+    assert str(mine) in re.sub(r"\n", "", shown)
+    results = read(mine)
+    assert results.command == f"python -m benchmarks layer --tokens 5 --out {tmp_path} --name mine"
+    assert read(other).command == f"dual-lora bench layer --tokens 5 --out {tmp_path}"
+    assert read(other).cases == results.cases
+    assert results.self_check == {"lower": 1.09, "median": 1.1, "upper": 1.11}
+    assert results.notes == ()
+    assert results.cases[0].ratio("lora").median == 2.0
+
+
+def test_several_documents_have_names_of_their_own(tmp_path: Path) -> None:
+    command.main(["layer", "--documents", "3", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*/*")} == {"layer.json", "layer_2.json", "layer_3.json"}
+
+
+def test_json_is_all_of_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["layer", "--json", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    (document,) = json.loads(captured.out)
+    assert document["preset"] == "layer"
+    assert "measuring" in captured.err
+
+
+def test_quick_results_do_not_replace_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "MACHINES", tmp_path / "machines")
+    assert command.main(["layer", "--quick"]) == 0
+    assert not (tmp_path / "machines").exists()
+    assert command.main(["layer"]) == 0
+    assert len(list((tmp_path / "machines").glob("*/layer.json"))) == 1
+
+
+def test_a_self_check_that_fails_is_said_and_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "self_check", lambda *_: Quartiles(0.9, 1.0, 1.3))
+    assert command.main(["layer", "--out", str(tmp_path)]) == 0
+    assert "SELF-CHECK FAILED" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/layer.json")
+    assert ["SELF-CHECK FAILED" in note for note in read(path).notes] == [True]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "speed", "layer --rounds 0", "layer --threads two", "layer --name a/b", "layer --tokens", "--quick layer"],
+)
+def test_wrong_usage_is_told_with_the_usage(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        command.main(arguments.split())
+    assert refused.value.code == 2
+    assert "usage: python -m benchmarks" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert command.main(["layer", "--out", str(tmp_path / "file" / "below")]) == 1
+    captured = capsys.readouterr()
+    assert "measuring" not in captured.out
+    assert captured.err.startswith("dual-lora bench: ")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "benchmarks.presets.model", None)  # importing it is an ImportError
+    assert cli.main(["bench", "model"]) == 1
+    assert "dual-lora bench: preset 'model' cannot be imported: " in capsys.readouterr().err
+    assert cli.main(["bench", "model", "--json"]) == 1
+    assert "pip install" in json.loads(capsys.readouterr().out)["error"]
+
+
+def _installed_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual_lora_kernels, "__file__", str(folder / "site-packages" / "dual_lora_kernels" / "x.py"))
+
+
+def test_the_suite_is_found_in_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _installed_in(tmp_path, monkeypatch)
+    monkeypatch.chdir(ROOT)
+    import_suite()
+
+
+def test_where_there_is_no_suite_the_error_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _installed_in(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", "layer"]) == 1
+    error = capsys.readouterr().err
+    assert "not beside the package, not in this folder" in error
+    assert "a clone of that version" in error
+    assert error.count("\n") == 1
+
+
+def test_the_suite_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _installed_in(tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "command.py").write_text("")
+    (tmp_path / "dual_lora_kernels").mkdir()
+    (tmp_path / "dual_lora_kernels" / "_version.py").write_text('__version__ = "0.0.9"\n')
+    expected = f"has those of 0.0.9, expected those of dual_lora_kernels {dual_lora_kernels.__version__}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        import_suite()
+
+
+def test_another_package_called_benchmarks_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "benchmarks", SimpleNamespace(__file__="elsewhere/benchmarks/__init__.py"))
+    with pytest.raises(ValueError, match="another package of this name, elsewhere"):
+        import_suite()
+
+
+def test_the_self_check_does_a_tenth_more_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the number of products, in rounds as all subjects have them; what it sees depends on the machine."""
+    products = {"as it is": 0, "planted": 0}
+
+    def counted(subjects: dict[str, object], *, rounds: int, **_: object) -> dict[str, list[float]]:
+        for name, run in subjects.items():
+            with torch.profiler.profile() as recorded:
+                run()  # type: ignore[operator]
+            products[name] = sum(event.name == "aten::mm" for event in recorded.events())
+        return {name: [float(count)] * rounds for name, count in products.items()}
+
+    monkeypatch.setattr(self_check, "interleaved", counted)
+    seen = self_check.self_check(torch.device("cpu"))
+    assert products["planted"] / products["as it is"] == self_check.PLANTED == pytest.approx(seen.median)
+    assert self_check.warning(seen) is None
+
+
+@pytest.mark.parametrize(("median", "trusted"), [(1.0, False), (1.051, True), (1.149, True), (1.16, False)])
+def test_a_planted_difference_that_is_not_seen_is_warned_of(median: float, trusted: bool) -> None:
+    assert (self_check.warning(Quartiles(1.0, median, 1.2)) is None) is trusted
