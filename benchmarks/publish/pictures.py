@@ -13,17 +13,20 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from ..harness.report import write_text
 
 _STYLE = {"svg.fonttype": "path", "svg.hashsalt": "dual_lora_kernels", "font.family": "DejaVu Sans"}
+_MARKERS = "osD^vP"
 _DIGEST = re.compile(r"<dc:identifier>sha256:([0-9a-f]{64})</dc:identifier>")
 
 
@@ -66,6 +69,56 @@ class Picture:
 def drawn_by_program(folder: Path) -> list[Path]:
     """The pictures in `folder` that name a digest."""
     return [path for path in sorted(folder.glob("*.svg")) if _DIGEST.search(path.read_text(encoding="utf-8"))]
+
+
+def dots(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    rows: Sequence[str],
+    highlighted: str,
+    title: str,
+    lines: Mapping[str, float],
+) -> Figure:
+    """Panels, two in a row, with a dot and its quartiles for each of `rows` and each machine, the axis logarithmic.
+
+    panels: title → machine → row → (lower, median, upper). highlighted: the row with a band behind it. lines: panel →
+    where it has a vertical line, such as a floor at 1.
+    """
+    labels = list(dict.fromkeys(machine for machines in panels.values() for machine in machines))
+    down = -(-len(panels) // 2)
+    figure = Figure(figsize=(9.6, down * (0.3 * len(rows) + 0.9) + 0.9), layout="constrained")
+    axes_of = figure.subplots(down, 2, squeeze=False, sharey=True)
+    for axes, (name, machines) in zip(axes_of.flat, panels.items(), strict=False):
+        axes.axhspan(rows.index(highlighted) - 0.5, rows.index(highlighted) + 0.5, color="#ffe9a8", zorder=0)
+        if name in lines:
+            axes.axvline(lines[name], color="black", linewidth=1.2, linestyle="--", zorder=1)
+        for machine, points in machines.items():
+            index = labels.index(machine)
+            place = [rows.index(row) + 0.22 * (index - (len(labels) - 1) / 2) for row in points]
+            lower, median, upper = zip(*points.values(), strict=True)
+            error = [
+                [m - q for m, q in zip(median, lower, strict=True)],
+                [q - m for m, q in zip(median, upper, strict=True)],
+            ]
+            style = {"fmt": _MARKERS[index % len(_MARKERS)], "color": f"C{index}", "markersize": 5, "elinewidth": 1}
+            axes.errorbar(median, place, xerr=error, zorder=2, **style)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_title(name, fontsize=10)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        for text in axes.get_yticklabels():
+            text.set_fontweight("bold" if text.get_text() == highlighted else "normal")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(axes_of.flat)[len(panels) :]:
+        axes.set_visible(False)
+    handles = [
+        Line2D([], [], color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], linestyle="", label=label)
+        for i, label in enumerate(labels)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=9, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def _source() -> str:
