@@ -110,10 +110,12 @@ def test_a_replay_ignores_memory_from_before_the_start() -> None:
 def test_methods_share_the_weight_and_train_equally_many_parameters(name: str, dtype: torch.dtype) -> None:
     linear = methods.frozen_linear(48, 40, dtype)
     module = methods.build(name, linear, r1=4, r2=4)
-    assert any(parameter is linear.weight for parameter in module.parameters())
-    magnitudes = 40 if name == "dora" else 0
+    assert any(parameter.data_ptr() == linear.weight.data_ptr() for parameter in module.parameters())
+    assert not linear.weight.requires_grad
+    equal = (4 + 4) * (48 + 40)
+    expected = {"frozen": 0, "full": 48 * 40, "dora": equal + 40}.get(name, equal)
     trainable = methods.trainable_parameters(module)
-    assert sum(parameter.numel() for parameter in trainable) == (4 + 4) * (48 + 40) + magnitudes
+    assert sum(parameter.numel() for parameter in trainable) == expected
     x = torch.randn(5, 48, dtype=dtype, requires_grad=True)
     y, grad_x, *grads = layer_step.step(module, x, torch.ones(5, 40, dtype=dtype))()
     assert (y.shape, y.dtype, grad_x.shape) == ((5, 40), dtype, x.shape)
@@ -122,7 +124,7 @@ def test_methods_share_the_weight_and_train_equally_many_parameters(name: str, d
 
 
 def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match="method: got 'qlora', expected one of lora, "):
+    with pytest.raises(ValueError, match="method: got 'qlora', expected one of frozen, "):
         methods.build("qlora", methods.frozen_linear(8, 8, torch.float32))
 
 

@@ -1,6 +1,6 @@
 """Every method on one frozen linear layer, at equal trainable parameters (DoRA adds its magnitude vector).
 
-Ranks follow from Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take
+The bounds on both sides are among them: ``frozen`` trains nothing, and ``full`` trains the weight. Ranks follow from Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take
 r = r1 + r2, LoHa, which has four factors itself, half of that. PEFT's adapters keep PEFT's own defaults (fp32 also on a
 bf16 base, zero-initialised updates): how long a step takes does not depend on the values. PEFT is imported when one of
 its methods is built, so the others run where it is not installed.
@@ -95,36 +95,77 @@ def _peft(linear: nn.Linear, config: str, **options: object) -> nn.Module:
     return model
 
 
+def _lora(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
+    return _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA))
+
+
 def _dual_lora(linear: nn.Linear, r1: int, r2: int, fraction: float = 1.0) -> nn.Module:
     return DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA, gradient_columns=fraction)
+
+
+def _dual_lora_peft(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
+    import peft
+
+    from dual_lora_kernels.peft import DualLoraConfig
+
+    config = DualLoraConfig(target_modules=["layer"], r1=r1, r2=r2, alpha=ALPHA)
+    model: nn.Module = peft.get_peft_model(_Model(linear), config)
+    return model
+
+
+def _full(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
+    """On the same memory, which nothing here changes; the parameter is another, since only this one trains."""
+    linear.weight = nn.Parameter(linear.weight.detach())
+    return linear
+
+
+def _compiled(module: nn.Module) -> nn.Module:
+    """Compiles at its first call; ``torch.compiler.reset()`` before many, of which PyTorch compiles eight otherwise."""
+    module.compile(dynamic=False)
+    return module
 
 
 Builder = Callable[[nn.Linear, int, int], nn.Module]
 """(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
 
 METHODS: dict[str, Builder] = {
-    "lora": lambda linear, r1, r2: _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA)),
+    "frozen": lambda linear, r1, r2: linear,
+    "full": _full,
+    "lora": _lora,
+    "lora_compiled": lambda linear, r1, r2: _compiled(_lora(linear, r1, r2)),
     "dora": lambda linear, r1, r2: _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA), use_dora=True),
     "loha": lambda linear, r1, r2: _peft(linear, "LoHaConfig", r=(r1 + r2) // 2, alpha=int(ALPHA)),
     "hira": lambda linear, r1, r2: _peft(linear, "HiraConfig", r=r1 + r2),
     "naive": NaiveDualLora,
+    "naive_compiled": lambda linear, r1, r2: _compiled(NaiveDualLora(linear, r1, r2)),
     "dual_lora_eager": lambda linear, r1, r2: EagerDualLora.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
     "dual_lora": _dual_lora,
+    "dual_lora_peft": _dual_lora_peft,
     "dual_lora_half": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 2),
     "dual_lora_quarter": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 4),
 }
 LABELS = {
+    "frozen": "frozen base, no adapter",
     "floor": "three products",
+    "full": "full fine-tuning",
     "lora": "PEFT LoRA",
+    "lora_compiled": "PEFT LoRA, torch.compile",
     "dora": "PEFT DoRA",
     "loha": "PEFT LoHa",
     "hira": "PEFT HiRA",
     "naive": "naive Dual LoRA",
+    "naive_compiled": "naive Dual LoRA, torch.compile",
     "dual_lora_eager": "dual_lora_kernels, eager",
     "dual_lora": "dual_lora_kernels",
+    "dual_lora_peft": "dual_lora_kernels in PEFT",
+    "dual_lora_fused": "dual_lora_kernels, fused",
+    "dual_lora_panels": "dual_lora_kernels, panels",
     "dual_lora_half": "dual_lora_kernels, 1/2 of the columns",
     "dual_lora_quarter": "dual_lora_kernels, 1/4 of the columns",
+    "dual_lora_prepared": "dual_lora_kernels, prepared",
+    "dual_lora_merged": "dual_lora_kernels, merged",
 }
+"""What subjects are called in tables, in the tables' order; also those that are no method of a training step."""
 
 
 def build(name: str, linear: nn.Linear, r1: int = 16, r2: int = 16) -> nn.Module:
