@@ -17,7 +17,7 @@ SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
 
-.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels bench gpu-session clean
+.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels docs bench gpu-session clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
@@ -28,6 +28,7 @@ help:
 	@echo "            needs g++-aarch64-linux-gnu and qemu-user-static"
 	@echo "make deepspeed  install DeepSpeed, which compiles, and run its tests on two CPU processes"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   build the documentation site into build/site; any warning is an error"
 	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
 	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
 	@echo "make gpu-session  on a GPU: numerics, rooflines, layer steps, memory into results/gpu, within 8 minutes"
@@ -39,7 +40,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/
 	$(PIP) install "setuptools>=77" wheel numpy
 	$(PYTHON) -c "import torch; assert torch.torch_version.TorchVersion(torch.__version__) >= (2, 11)" 2>/dev/null \
 		|| $(PIP) install $(TORCH)
-	$(PIP) install --no-build-isolation -e ".[test,lint]"
+	$(PIP) install --no-build-isolation -e ".[test,lint,docs]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -93,6 +94,10 @@ kernels: $(VENV)/.installed build/triton-$(OLDEST_TRITON)
 
 build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $@ triton==$(OLDEST_TRITON)
+
+# mkdocs.yml makes warnings errors. The variable silences an advertisement of Material's.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 
 gpu-session: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.gpu.gpu_session --out results/gpu
