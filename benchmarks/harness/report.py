@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[st
     console.print(table)
 
 
-def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The same table in Markdown."""
-    alignment = ["---", *["---:"] * (len(headings) - 1)]
+def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """The same table in Markdown; `words` are the columns that are to the left."""
+    alignment = ["---" if index in words else "---:" for index in range(len(headings))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, alignment, *cells))
 
 

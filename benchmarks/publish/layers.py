@@ -153,6 +153,7 @@ def standing() -> str:
             for machine in machines("layer", _is_step)
             if any(_against(machine, name))
         ),
+        words=(0, 1, 5),
     )
 
 
@@ -173,6 +174,16 @@ def _standing(machine: Machine, name: str) -> list[str]:
     else:
         where = "; ".join(f"{words}: {value:.2f}" for value, words in slower)
     return [str(len(faster)), str(len(against) - len(slower) - len(faster)), str(len(slower)), where]
+
+
+def columns() -> str:
+    """Steps whose factors' gradients are from a part of the columns of H, where they were measured."""
+    of = machines("layer", lambda case: _is_step(case) and "dual_lora_half" in case.timed() and size(case) == "4096²")
+    cases = [(machine, case) for machine in of for case in sorted(machine.cases.values(), key=_order)]
+    headings = ["step / the three products", *(f"{m.label}<br>{c.settings['dtype']}, {tokens(c)}" for m, c in cases)]
+    names = ("lora", "dora", "naive", OWN, "dual_lora_half", "dual_lora_quarter")
+    rows = ([own(name, LABELS[name]), *(own(name, ratio(case, name)) for _, case in cases)] for name in names)
+    return table(headings, rows) + "\n\n" + "\n".join(brief(machine) for machine in of)
 
 
 def decode() -> str:
@@ -230,6 +241,7 @@ TABLES = {
     "layer-summary": summary,
     "layer-machine": by_machine,
     "layer-standing": standing,
+    "gradient-columns-time": columns,
     "decode-machine": decode,
 }
 PICTURES = {

@@ -20,12 +20,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from ..harness.report import write_text
 
 _STYLE = {"svg.fonttype": "path", "svg.hashsalt": "dual_lora_kernels", "font.family": "DejaVu Sans"}
+PADDED = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+"""A layout with room at the card's edges."""
 _MARKERS = "osD^vP"
 _DIGEST = re.compile(r"<dc:identifier>sha256:([0-9a-f]{64})</dc:identifier>")
 
@@ -85,7 +88,7 @@ def dots(
     """
     labels = list(dict.fromkeys(machine for machines in panels.values() for machine in machines))
     down = -(-len(panels) // 2)
-    figure = Figure(figsize=(9.6, down * (0.3 * len(rows) + 0.9) + 0.9), layout="constrained")
+    figure = Figure(figsize=(9.6, down * (0.3 * len(rows) + 0.9) + 0.9), layout=PADDED)
     axes_of = figure.subplots(down, 2, squeeze=False, sharey=True)
     for axes, (name, machines) in zip(axes_of.flat, panels.items(), strict=False):
         axes.axhspan(rows.index(highlighted) - 0.5, rows.index(highlighted) + 0.5, color="#ffe9a8", zorder=0)

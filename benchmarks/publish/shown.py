@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..harness.report import markdown_table
@@ -69,7 +69,12 @@ def _machine(label: str, runs: Sequence[Results], wanted: Callable[[Case], bool]
 
 def machine_words(results: Results) -> str:
     """The machine, for headings: its label without trade marks."""
-    return re.sub(r"\((R|TM)\)| Processor| CPU", "", results.label)
+    return plain(results.label)
+
+
+def plain(words: str) -> str:
+    """A processor's name without trade marks."""
+    return re.sub(r"\((R|TM)\)| Processor| CPU", "", words)
 
 
 def subjects_of(cases: Iterable[Case]) -> list[str]:
@@ -138,11 +143,12 @@ def size(case: Case) -> str:
     return f"{rows}²" if rows == columns else f"{rows} × {columns}"
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown: the first column to the left, numbers to the right, without columns in which no row has anything."""
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> str:
+    """Markdown: the columns of `words` to the left, numbers to the right; columns in which no row has any are left out."""
     cells = [list(row) for row in rows]
-    kept = [i for i in range(len(headings)) if i == 0 or any(row[i] not in ("", MISSING) for row in cells)]
-    return markdown_table([headings[i] for i in kept], [[row[i] for i in kept] for row in cells])
+    kept = [i for i in range(len(headings)) if i in words or any(row[i] not in ("", MISSING) for row in cells)]
+    left = [place for place, i in enumerate(kept) if i in words]
+    return markdown_table([headings[i] for i in kept], [[row[i] for i in kept] for row in cells], left)
 
 
 def source(results: Results) -> str:

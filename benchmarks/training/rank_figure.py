@@ -10,7 +10,6 @@ before and after training, the singular values of ΔW and, for Dual LoRA, of W_m
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from transformers import set_seed
@@ -38,18 +35,12 @@ from ..harness.environment import environment, sentence
 from .gradient_columns import BATCH, PRETRAIN_STEPS, WIDTH, Run, adapted, make_base
 
 STEM = "rank_figure"
-IMAGES = Path(__file__).parents[2] / "docs" / "images"
 FAMILY = "Llama"
 SEEDS = (0, 1)
 RANK = Settings.rank
 LORA = "LoRA: ΔW"
 WHEN = ("before", "after")
-STYLES = {
-    "Dual LoRA: ΔW": ("#D55E00", "o"),
-    "Dual LoRA: ReLU(BA)": ("#E69F00", "^"),
-    "Dual LoRA: Sign(DC)": ("#CC79A7", "D"),
-    LORA: ("#0072B2", "s"),
-}
+MATRICES = ("Dual LoRA: ΔW", "Dual LoRA: ReLU(BA)", "Dual LoRA: Sign(DC)", LORA)
 HEADINGS = ("matrix", "training", "rank", "of", "stable rank", f"beyond the {RANK} largest")
 
 
@@ -76,7 +67,7 @@ def dual_lora(work: Path, seed: int, steps: int) -> list[Measured]:
         save_dual_lora(model, folder)
         for layer in inspect_adapter(folder).layers:
             matrices = (layer.update, layer.magnitude, layer.direction)
-            for matrix, values in zip(STYLES, matrices, strict=False):
+            for matrix, values in zip(MATRICES, matrices, strict=False):
                 assert values is not None
                 found.append(Measured(matrix, when, seed, layer.name, values))
     return found
@@ -98,7 +89,7 @@ def lora(work: Path, seed: int, steps: int) -> list[Measured]:
 def cells(measured: Sequence[Measured]) -> list[tuple[str, ...]]:
     """The table's cells, in the order of ``HEADINGS``."""
     rows: list[tuple[str, ...]] = []
-    for matrix in STYLES:
+    for matrix in MATRICES:
         for when in WHEN:
             found = _spectra(measured, matrix, when)
             if found:
@@ -119,76 +110,19 @@ def _spectra(measured: Iterable[Measured], matrix: str, when: str) -> list[Spect
     return [each.spectrum for each in measured if (each.matrix, each.when) == (matrix, when)]
 
 
-def draw(measured: Sequence[Measured], path: Path) -> None:
-    """Singular values on the left, ranks after training by layer, of the first seed, on the right."""
-    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for matrix, (colour, _) in STYLES.items():
-        for when, dash in zip(WHEN, ":-", strict=True):
-            _draw_values(left, _spectra(measured, matrix, when), colour, dash, matrix if when == "after" else None)
-    left.plot([], [], color="#777777", linestyle=":", label="before training")
-    left.axvline(RANK, color="#777777", linewidth=0.8, linestyle="--")
-    left.annotate(f"LoRA's rank, {RANK}", (RANK, 2e-6), xytext=(5, 0), textcoords="offset points", fontsize=9)
-    left.set(xscale="log", yscale="log", ylim=(1e-6, 1.6))
-    left.set_xlabel("singular value, by size")
-    left.set_ylabel("share of the largest, median over layers")
-    left.set_title("Singular values", fontsize=11)
-    left.legend(frameon=False, fontsize=9, loc="lower left")
-    _draw_ranks(right, [each for each in measured if (each.when, each.seed) == ("after", SEEDS[0])])
-    for axes in (left, right):
-        axes.grid(color="#DDDDDD", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-
-
-def _draw_ranks(axes: Axes, measured: Sequence[Measured]) -> None:
-    """Ranks of every matrix, and below them the stable ranks of both methods' ΔW, one mark for each layer."""
-    layers = list(dict.fromkeys(each.layer for each in measured))
-    for shift, (matrix, (colour, marker)) in enumerate(STYLES.items(), -1):
-        found = {each.layer: each.spectrum for each in measured if each.matrix == matrix}
-        places = [index + 0.18 * shift for index in range(len(layers))]
-        axes.plot(places, [found[layer].rank for layer in layers], marker, color=colour, markersize=4, label=matrix)
-        if matrix.endswith("ΔW"):
-            stable = [found[layer].stable_rank for layer in layers]
-            label = f"{matrix}, stable rank"
-            axes.plot(places, stable, marker, color=colour, fillstyle="none", markersize=4, label=label)
-    largest = max(each.spectrum.largest_rank for each in measured)
-    ticks = [2**power for power in range(largest.bit_length())]
-    axes.set_yscale("log", base=2)
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(0.8, largest * 1.4)
-    axes.set_xticks(range(len(layers)), [_short(layer) for layer in layers], rotation=90, fontsize=7)
-    axes.set_title("Rank after training, by layer", fontsize=11)
-    axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, 0.93), ncols=2)
-
-
-def _draw_values(axes: Axes, found: Sequence[Spectrum], colour: str, dash: str, label: str | None) -> None:
-    if found:
-        medians = median_values(found)
-        axes.plot(list(medians), list(medians.values()), color=colour, linestyle=dash, linewidth=1.8, label=label)
-
-
 def median_values(found: Sequence[Spectrum]) -> dict[int, float]:
     """Medians over layers of singular values, by place; all layers have as many: the model's width."""
     columns = zip(*(each.values for each in found), strict=True)
     return dict(zip(found[0].positions, map(statistics.median, columns), strict=True))
 
 
-def _short(layer: str) -> str:
-    """ "model.layers.2.mlp.up_proj" → "2 up"."""
-    parts = layer.split(".")
-    return f"{next(part for part in parts if part.isdecimal())} {parts[-1].removesuffix('_proj')}"
-
-
-def publish(measured: Sequence[Measured], about: dict[str, Any], steps: int, out: Path, images: Path) -> None:
-    """Write the data, the table and the pictures."""
-    draw(measured, out / f"{STEM}.png")
-    shutil.copyfile(out / f"{STEM}.png", images / "ranks.png")
+def publish(measured: Sequence[Measured], about: dict[str, Any], steps: int, out: Path) -> None:
+    """Write the data and the table; ``python -m benchmarks.publish`` draws the picture from them."""
     layers = len({each.layer for each in measured})
     paragraphs = [
         "# Ranks of updates: Dual LoRA and LoRA at equal parameters on the demo's model",
         report.markdown_table(HEADINGS, cells(measured)),
-        f"![Singular values and ranks]({STEM}.png)",
+        "![Singular values and ranks](../../docs/images/ranks.svg)",
         f"Medians (least to largest) over the {layers} layers and seeds {', '.join(map(str, SEEDS))}, {steps} "
         f"steps each; LoRA of rank {RANK}, Dual LoRA with r1 = r2 = {RANK // 2}. Rank: singular values above max(N, K) "
         f"· ε(fp32) · σ₁. Stable rank: ‖·‖²_F / σ₁². Beyond the {RANK} largest: the median share of ‖·‖²_F that no "
@@ -209,7 +143,7 @@ def publish(measured: Sequence[Measured], about: dict[str, Any], steps: int, out
         ],
         "median_values": {
             matrix: {when: median_values(found) for when in WHEN if (found := _spectra(measured, matrix, when))}
-            for matrix in STYLES
+            for matrix in MATRICES
         },
     }
     report.write(out, STEM, document, paragraphs)
@@ -229,9 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps, help=f"of training ({Settings.steps})")
     parser.add_argument("--work", type=Path, default=Path("results/rank_figure"), help="folder for models")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (benchmarks/results)")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="folder for ranks.png (docs/images)")
     options = parser.parse_args(arguments)
-    for folder in (options.work, options.out, options.images):
+    for folder in (options.work, options.out):
         folder.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
     console, about = Console(), environment(torch.device("cpu"))
@@ -240,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in track(SEEDS, description="seeds", console=console):
         measured += dual_lora(options.work, seed, options.steps) + lora(options.work, seed, options.steps)
     report.print_table("Ranks", HEADINGS, cells(measured), console)
-    publish(measured, about, options.steps, options.out, options.images)
+    publish(measured, about, options.steps, options.out)
 
 
 if __name__ == "__main__":
