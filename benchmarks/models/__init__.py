@@ -1,0 +1,1 @@
+"""Whole transformers models with random weights: their shapes, every method on them, and their steps."""
