@@ -36,7 +36,7 @@ def _numbers() -> Any:
 
 
 def _draw(numbers: Any) -> Figure:
-    """Singular values on the left, medians over layers and seeds; on the right ranks after training, of the first seed."""
+    """On the left singular values, medians over layers and seeds; on the right ranks of the first seed, trained."""
     figure = Figure(figsize=(11.0, 4.6), layout=PADDED)
     left, right = figure.subplots(1, 2)
     _draw_values(left, numbers["values"], numbers["rank"])

@@ -144,7 +144,7 @@ def size(case: Case) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = (0,)) -> str:
-    """Markdown: the columns of `words` to the left, numbers to the right; columns in which no row has any are left out."""
+    """Markdown: the columns of `words` to the left, numbers to the right; columns without any number are left out."""
     cells = [list(row) for row in rows]
     kept = [i for i in range(len(headings)) if i in words or any(row[i] not in ("", MISSING) for row in cells)]
     left = [place for place, i in enumerate(kept) if i in words]
