@@ -1,18 +1,15 @@
-"""Merging into a checkpoint of gigabytes: speed beside ``cp`` of the same files, memory, and kills at random moments.
+"""Merging into a checkpoint of gigabytes: time beside ``cp`` of the same files, memory, and kills at random moments.
 
-    python -m benchmarks.checkpoints.merge_checkpoint --folder FOLDER
-
-The checkpoint has some of a Llama 3 8B's layers in bf16, a file each, and the adapter all of their linear layers. Both
-are made in a folder of their own in FOLDER, with room for three copies, and removed. ``cp`` and merges take turns, each
-in a process of its own, and a ratio compares times of one round. A merge ends with all on the disk, ``cp`` with all in
-the system's cache; ``cp`` followed by ``sync`` is timed as well. Then merges are killed (SIGKILL) at moments drawn
-evenly over a merge's time, each going on with what the one before has left, until the last may end.
+``python -m benchmarks merge --on-disk FOLDER`` runs it. The checkpoint has some of a Llama 3 8B's layers in bf16, a
+file each, and the adapter all of their linear layers. Both are made in a folder of their own in FOLDER, with room for
+three copies, and removed. ``cp`` and merges take turns, each in a process of its own, and a ratio compares times of one
+round. A merge ends with all on the disk, ``cp`` with all in the system's cache; ``cp`` followed by ``sync`` is timed as
+well. Then merges are killed (SIGKILL) at moments drawn evenly over a merge's time, each going on with what the one
+before has left, until the last may end.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import hashlib
 import multiprocessing
 import random
@@ -27,20 +24,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from dual_lora_kernels import merge_checkpoint
 
-from ..harness import report
-from ..harness.environment import environment, sentence
 from ..harness.resident_memory import resident_growth
+from ..harness.results import Case, Measurement
 from .synthetic import make_adapter, make_base
 
-STEM = "cpu_merge_checkpoint"
-HEADINGS = ("quantity", "value")
-_MEGABYTE = 1e6
+KIND = "merge_on_disk"
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def kill_merges(here: Path, kills: int, seconds: float) -> Kills:
+def kill_merges(here: Path, kills: int, seconds: float, console: Console) -> Kills:
     """Kill merges at moments spread over `seconds` after their start, and compare what the last one gives."""
     merge_checkpoint(here / "base", here / "adapter", here / "expected")
     expected = digests(here / "expected")
@@ -113,7 +106,7 @@ def kill_merges(here: Path, kills: int, seconds: float) -> Kills:
     moments = random.Random(0)
     left_parts = too_late = 0
     equal = True
-    for _ in track(range(kills), "killing merges"):
+    for _ in track(range(kills), "killing merges", console=console, transient=True):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (here / ".out.unfinished").exists():
             time.sleep(0.01)  # the package is imported
@@ -129,61 +122,42 @@ def kill_merges(here: Path, kills: int, seconds: float) -> Kills:
     return Kills(kills, left_parts, too_late, equal and digests(here / "out") == expected)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints.merge_checkpoint", description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="where to make the checkpoint, with room for three")
-    parser.add_argument("--depth", type=int, default=10, help="the model's layers, of 436 MB each (10)")
-    parser.add_argument("--rank", type=int, default=16, help="r1 and r2 (16)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    options = parser.parse_args(arguments)
-    about = environment(torch.device("cpu"))
-    console = Console()
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="merge-checkpoint-") as name:
+def measure(folder: Path, depth: int, rank: int, rounds: int, kills: int, console: Console) -> Case:
+    """Make checkpoint and adapter in `folder`, measure, and remove everything.
+
+    Raises:
+        RuntimeError: a merge that was gone on with has other bytes than one that was not killed.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix="merge-checkpoint-") as name:
         here = Path(name)
-        make_adapter(here / "adapter", options.depth, options.rank)
-        make_base(here / "base", options.depth)
+        make_adapter(here / "adapter", depth, rank)
+        make_base(here / "base", depth)
         size = sum(path.stat().st_size for path in (here / "base").iterdir())
         subprocess.run(["sync"], check=True)
         one_round(here, verifies=False)  # memory that the machine has to be given first, files that come from the disk
-        rounds = [one_round(here, verifies=index == 0) for index in track(range(options.rounds), "rounds")]
-        kills = kill_merges(here, options.kills, statistics.median(each.merge for each in rounds))
-    cells = _cells(size, rounds, kills)
-    title = f"Merging into a checkpoint of {options.depth} files"
-    report.print_table(title, HEADINGS, cells, console)
-    settings = {name: getattr(options, name) for name in ("depth", "rank", "rounds", "kills")}
-    document = {
-        "settings": settings,
-        "environment": about,
-        "bytes": size,
-        "rounds": [dataclasses.asdict(each) for each in rounds],
-        "kills": dataclasses.asdict(kills),
-    }
-    report.write(options.out, STEM, document, [f"# {title}", report.markdown_table(HEADINGS, cells), sentence(about)])
-    if not kills.equal:
-        sys.exit("a merge that was gone on with has other bytes")
+        bar = track(range(rounds), "rounds", console=console, transient=True)
+        found = [one_round(here, verifies=index == 0) for index in bar]
+        killed = kill_merges(here, kills, statistics.median(each.merge for each in found), console)
+    if not killed.equal:
+        raise RuntimeError("a merge that was gone on with has other bytes")
+    return case(depth, rank, size, found, killed)
 
 
-def _cells(size: int, rounds: Sequence[Round], kills: Kills) -> list[tuple[str, str]]:
+def case(depth: int, rank: int, size: int, rounds: Sequence[Round], kills: Kills) -> Case:
+    """What was measured, as the suite has it; `size` is the checkpoint's in bytes."""
     verified = next(each.verified for each in rounds if each.verified is not None)
-    copy = [each.copy for each in rounds]
-    synced = [each.copy + each.sync for each in rounds]
-    merged = [each.merge for each in rounds]
-    to_copy = statistics.median(one / own for one, own in zip(copy, merged, strict=True))
-    to_synced = statistics.median(one / own for one, own in zip(synced, merged, strict=True))
-    speeds = {"cp": copy, "cp and sync": synced, "merge": merged, "merge with --verify": [verified]}
-    return [
-        ("checkpoint, MB", f"{size / _MEGABYTE:,.0f}"),
-        *((f"{name}, MB/s", f"{size / _MEGABYTE / statistics.median(times):,.0f}") for name, times in speeds.items()),
-        ("merge's speed / cp's", f"{to_copy:.2f}"),
-        ("merge's speed / that of cp and sync", f"{to_synced:.2f}"),
-        ("largest memory above the start, MB", f"{max(each.growth for each in rounds) / _MEGABYTE:,.0f}"),
-        ("kills: in the middle, after the end", f"{kills.left_parts}, {kills.too_late}"),
-        ("bytes after all kills", "identical" if kills.equal else "different"),
-    ]
-
-
-if __name__ == "__main__":
-    main()
+    own = Measurement(
+        tuple(each.merge for each in rounds),
+        bytes={"resident": max(each.growth for each in rounds)},
+        counts={
+            "checkpoint_bytes": size, "verified_seconds": verified, "kills": kills.kills,
+            "kills_in_the_middle": kills.left_parts, "kills_after_the_end": kills.too_late,
+            "identical_after_kills": int(kills.equal),
+        },
+    )  # fmt: skip
+    copies = {
+        "cp": Measurement(tuple(each.copy for each in rounds), counts={"checkpoint_bytes": size}),
+        "cp_and_sync": Measurement(tuple(each.copy + each.sync for each in rounds), counts={"checkpoint_bytes": size}),
+    }
+    settings = {"kind": KIND, "dtype": "bf16", "model": "llama-3-8b", "layers": depth, "rank": rank}
+    return Case(settings, "cp", {**copies, "dual_lora": own})

@@ -1,0 +1,142 @@
+"""``python -m benchmarks merge``: merging an adapter into a layer in memory, or into a checkpoint on disk."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..checkpoints import merge_checkpoint
+from ..harness.environment import DTYPE_NAMES, environment
+from ..harness.results import Case, Measurement, Results
+from ..harness.timing import interleaved
+from ..layers.checks import Checker, refusal
+from ..layers.claims import Layer
+from ..layers.memory import peak_temporary_bytes
+from ..layers.merging import COPY, SUBJECTS, copying, merged_weight, merging
+from ..layers.methods import LABELS as METHOD_LABELS
+from ..layers.methods import build, frozen_linear
+from .arguments import add_device, count, shape
+from .arguments import dtype as dtype_name
+
+HELP = "Merging into one layer in memory beside copying its weight; with --on-disk FOLDER into a checkpoint beside cp."
+LABELS = {**METHOD_LABELS, COPY: "copy of W0", "cp": "cp", "cp_and_sync": "cp and sync"}
+SHAPES = ((1024, 1024), (4096, 4096), (4096, 11008))
+QUICK_SHAPES = ((256, 512),)
+NOTES = (
+    "Each subject merges into a weight of its own, in every round once more. PEFT's merge without its check for NaNs; "
+    "dual_lora_merge_ first checks that nothing overflows. Before that, 64 columns of the merged weight were compared "
+    "with fp64.",
+    "peak: most memory that a merge held beyond what was there, by PyTorch's allocator, with a new weight that takes "
+    "the old one's place.",
+)
+DISK_NOTES = (
+    "A merge ends with all on the disk, cp with all in the system's cache. resident: how far the process's resident "
+    "size rose. verified_seconds: of one merge with --verify.",
+)
+_CHECKED_COLUMNS = 64
+_MEBIBYTE = 2**20
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The preset's options."""
+    parser.add_argument(
+        "--shape", type=shape, nargs="+", help=f"OUTxIN ({' '.join('x'.join(map(str, s)) for s in SHAPES)})"
+    )
+    parser.add_argument(
+        "--dtype", type=dtype_name, nargs="+", default=["fp32", "bf16"], help="of the weight (fp32 bf16)"
+    )
+    parser.add_argument("--rank", type=count, default=16, help="r1 = r2; other methods' ranks follow (%(default)s)")
+    parser.add_argument(
+        "--on-disk", type=Path, metavar="FOLDER", help="merge a checkpoint instead, in a folder with room for three"
+    )
+    parser.add_argument("--depth", type=count, default=10, help="the checkpoint's layers, of 436 MB each (%(default)s)")
+    parser.add_argument("--kills", type=count, default=50, help="merges that are killed (%(default)s)")
+    add_device(parser)
+
+
+def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+    """Measure one or the other."""
+    if options.on_disk is not None:
+        if not options.on_disk.is_dir():
+            raise ValueError(f"--on-disk: got {str(options.on_disk)!r}, expected a folder")
+        about = environment(torch.device("cpu"))
+        depth, kills = (1, 2) if options.quick else (options.depth, options.kills)
+        disk = merge_checkpoint.measure(options.on_disk, depth, options.rank, options.rounds, kills, console)
+        return (Results("merge", "", about, (disk,), notes=DISK_NOTES),)
+    about = environment(options.device)
+    shapes = options.shape or (QUICK_SHAPES if options.quick else SHAPES)
+    cases = tuple(
+        _measure(dtype, *each, options.rank, options.device, options.rounds, console)
+        for dtype in options.dtype
+        for each in shapes
+    )
+    return (Results("merge", "", about, cases, notes=NOTES),)
+
+
+def _measure(
+    dtype: str, rows: int, columns: int, rank: int, device: torch.device, rounds: int, console: Console
+) -> Case:
+    torch.manual_seed(0)
+    weight = frozen_linear(columns, rows, DTYPE_NAMES[dtype], device).weight
+    some = torch.arange(0, columns, -(-columns // _CHECKED_COLUMNS), device=device)
+    ones = torch.nn.functional.one_hot(some, columns).to(weight.dtype)  # X Wᵀ are then these columns
+    checker = Checker(Layer(weight, ones, None, rank))
+    calls = {COPY: copying(weight)}
+    found = {COPY: Measurement()}
+    for name in SUBJECTS:
+        linear = frozen_linear(columns, rows, DTYPE_NAMES[dtype], device)
+        linear.weight.copy_(weight)
+        try:
+            module = build(name, linear, rank, rank)
+            checker.give_values(name, module)
+        except ImportError as error:
+            found[name] = Measurement(left_out=str(error))
+            continue
+        call = merging(name, module)
+        call()
+        errors = {"weight": checker.errors(name, [merged_weight(module)[:, some].t()])["output"]}
+        found[name] = Measurement(checked=errors, left_out=refusal(errors))
+        if found[name].left_out is None:
+            calls[name] = call
+    seconds = interleaved(calls, rounds=rounds, warmup=1, device=device, console=console)
+    for name, call in calls.items():
+        trace = peak_temporary_bytes(call, device)
+        found[name] = replace(found[name], seconds=tuple(seconds[name]), bytes={"peak": trace.peak})
+    settings = {
+        "kind": "merge",
+        "dtype": dtype,
+        "out_features": rows,
+        "in_features": columns,
+        "rank": rank,
+        "base": "dense",
+    }
+    return Case(settings, COPY, found)
+
+
+def table(case: Case) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings and cells of one case."""
+    at = case.settings
+    if at["kind"] == merge_checkpoint.KIND:
+        own = case.subjects["dual_lora"].counts
+        title = (
+            f"Merging into a checkpoint of {own['checkpoint_bytes'] / 1e6:,.0f} MB in {at['layers']} files; with "
+            f"--verify {own['verified_seconds']:,.1f} s; {own['kills']:g} kills, {own['kills_in_the_middle']:g} in the "
+            "middle, and then the same bytes"
+        )
+    else:
+        title = f"Merging into {at['out_features']}x{at['in_features']}, {at['dtype']}, r1=r2={at['rank']}"
+    headings = ["subject", "median ms", f"× {LABELS[case.reference]}", "quartiles", "memory MiB"]
+    return title, headings, [_row(case, name, of) for name, of in case.subjects.items()]
+
+
+def _row(case: Case, name: str, measured: Measurement) -> list[str]:
+    if measured.left_out is not None:
+        return [LABELS[name], measured.left_out, "–", "–", "–"]
+    ratio = case.ratio(name)
+    memory = next((f"{size / _MEBIBYTE:,.1f}" for size in measured.bytes.values()), "–")
+    times = f"{case.seconds(name).median * 1e3:,.1f}", f"{ratio.median:.2f}", f"{ratio.lower:.2f} to {ratio.upper:.2f}"
+    return [LABELS[name], *times, memory]

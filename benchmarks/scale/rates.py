@@ -1,0 +1,80 @@
+"""The four rates of a machine that the cost model turns work into seconds with, measured as subjects of one case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from rich.console import Console
+
+from dual_lora_kernels import dual_lora_merge_
+
+from ..harness.environment import DTYPE_NAMES
+from ..harness.results import Case, Measurement
+from ..harness.timing import interleaved
+from .cost import Layer, Rates, merging, passes
+
+KIND = "rates"
+_LAYER = Layer(512, 2048, 2048)
+"""As large as no cache of a core, and a layer like those that are predicted."""
+_LAUNCHES = 200
+_SMALL_SCALE = 1e-9
+"""Of an update that is merged again and again into one weight."""
+
+
+def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> Case:
+    """Three products, a copy, W over W0, and launches of operations on a single number, forward and backward."""
+    numbers, n, k, r = DTYPE_NAMES[dtype], _LAYER.out_features, _LAYER.in_features, _LAYER.rank
+    x, grad, weight = (
+        torch.randn(*shape, dtype=numbers, device=device) for shape in ((_LAYER.tokens, k), (_LAYER.tokens, n), (n, k))
+    )
+    target = torch.empty_like(weight)
+    factors = [torch.randn(*shape, device=device) for shape in ((r, k), (n, r), (r, k), (n, r))]
+    one = torch.ones(1, device=device)
+    start = torch.ones(1, device=device, requires_grad=True)
+
+    def products() -> None:
+        torch.mm(x, weight.t())
+        torch.mm(grad.t(), x, out=target)
+        torch.mm(grad, weight)
+
+    def launches() -> None:
+        value = start
+        for _ in range(_LAUNCHES // 2):
+            value = value * one
+        torch.autograd.grad(value, start)
+
+    subjects: Mapping[str, Callable[[], object]] = {
+        "product": products,
+        "copy": lambda: target.copy_(weight),
+        "generate": lambda: dual_lora_merge_(weight, *factors, _SMALL_SCALE),
+        "launch": launches,
+    }
+    counts = {
+        "product": {"operations": passes("floor", _LAYER).step().operations},
+        "copy": {"bytes": 2 * weight.nbytes},
+        "generate": {"operations": merging(_LAYER).generation},
+        "launch": {"launches": _LAUNCHES},
+    }
+    seconds = interleaved(subjects, rounds=rounds, warmup=2, device=device, console=console)
+    settings = {"kind": KIND, "dtype": dtype, "out_features": n, "in_features": k, "tokens": _LAYER.tokens, "rank": r}
+    measured = {name: Measurement(tuple(seconds[name]), counts=counts[name]) for name in subjects}
+    return Case(settings, "product", measured)
+
+
+def rates(case: Case) -> Rates:
+    """Of a case that `measure` has made, by the medians.
+
+    Raises:
+        ValueError: it is another kind of case.
+    """
+    if case.settings["kind"] != KIND:
+        raise ValueError(f"case: got one of kind {case.settings['kind']!r}, expected {KIND!r}")
+
+    def rate(subject: str, what: str) -> float:
+        return case.subjects[subject].counts[what] / case.seconds(subject).median
+
+    return Rates(
+        rate("product", "operations"), rate("copy", "bytes"), rate("generate", "operations"),
+        1 / rate("launch", "launches"),
+    )  # fmt: skip
