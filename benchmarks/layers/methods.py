@@ -164,6 +164,12 @@ LABELS = {
     "dual_lora_quarter": "dual_lora_kernels, 1/4 of the columns",
     "dual_lora_prepared": "dual_lora_kernels, prepared",
     "dual_lora_merged": "dual_lora_kernels, merged",
+    "copy": "copy of the weight",
+    "cp": "cp",
+    "cp_and_sync": "cp, then sync",
+    "product": "products",
+    "generate": "W from its factors",
+    "launch": "a launch",
 }
 """What subjects are called in tables, in the tables' order; also those that are no method of a training step."""
 

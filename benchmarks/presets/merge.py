@@ -17,13 +17,11 @@ from ..layers.checks import Checker, refusal
 from ..layers.claims import Layer
 from ..layers.memory import peak_temporary_bytes
 from ..layers.merging import COPY, SUBJECTS, copying, merged_weight, merging
-from ..layers.methods import LABELS as METHOD_LABELS
-from ..layers.methods import build, frozen_linear
+from ..layers.methods import LABELS, build, frozen_linear
 from .arguments import add_device, count, shape
 from .arguments import dtype as dtype_name
 
 HELP = "Merging into one layer in memory beside copying its weight; with --on-disk FOLDER into a checkpoint beside cp."
-LABELS = {**METHOD_LABELS, COPY: "copy of W0", "cp": "cp", "cp_and_sync": "cp and sync"}
 SHAPES = ((1024, 1024), (4096, 4096), (4096, 11008))
 QUICK_SHAPES = ((256, 512),)
 NOTES = (
