@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from .shown import (
     MEBIBYTE,
     MISSING,
     OWN,
+    SUMMARISED,
     Machine,
     brief,
     left_out,
@@ -68,16 +69,19 @@ def summary() -> str:
     of = machines("layer", _is_standard)
     columns = [(m, dtype) for m in of for dtype in _DTYPES]
     headings = ["time / three products · temporary MiB", *(f"{m.label}<br>{dtype}" for m, dtype in columns)]
-    names = subjects_of(case for machine in of for case in machine.cases.values())
+    names = _summarised(of)
     rows = (
         [
             own(name, LABELS[name]),
             *(own(name, _time_and_memory(machine.where(**_STANDARD, dtype=dtype), name)) for machine, dtype in columns),
         ]
         for name in names
-        if name != "floor"
     )
     return table(headings, rows) + "\n\n" + "\n".join(brief(machine) for machine in of)
+
+
+def _summarised(of: Sequence[Machine]) -> list[str]:
+    return [n for n in subjects_of(case for machine in of for case in machine.cases.values()) if n in SUMMARISED]
 
 
 def _time_and_memory(case: Case | None, name: str) -> str:
@@ -211,7 +215,7 @@ def _decode(machine: Machine) -> Iterator[str]:
 
 def _numbers() -> dict[str, Any]:
     of = machines("layer", _is_standard)
-    names = [n for n in subjects_of(case for m in of for case in m.cases.values()) if n != "floor"]
+    names = _summarised(of)
     points: dict[str, dict[str, dict[str, list[float]]]] = {}
     for dtype in _DTYPES:
         times: dict[str, dict[str, list[float]]] = {}

@@ -14,6 +14,7 @@ from .shown import (
     MEBIBYTE,
     MISSING,
     OWN,
+    SUMMARISED,
     Machine,
     brief,
     left_out,
@@ -89,19 +90,19 @@ def _cases(of: Sequence[Machine]) -> list[tuple[Machine, Case]]:
     return [(machine, case) for machine in of for case in sorted(machine.cases.values(), key=_order)]
 
 
+def _summarised(columns: Sequence[tuple[Machine, Case]]) -> list[str]:
+    return [name for name in subjects_of(case for _, case in columns) if name in SUMMARISED]
+
+
 def summary() -> str:
     """Training steps of the models that are large enough: tokens per second, time over the floor, and peak memory."""
     of = machines("model", _is_summarised)
     columns = _cases(of)
-    names = subjects_of(case for _, case in columns)
+    names = _summarised(columns)
     places = [f"{machine.label}<br>{describe(case)}" for machine, case in columns]
     speed = table(
         ["tokens/s · time / the model's floor", *places],
-        (
-            [own(name, LABELS[name]), *(own(name, _speed(case, name)) for _, case in columns)]
-            for name in names
-            if name != "frozen"
-        ),
+        ([own(name, LABELS[name]), *(own(name, _speed(case, name)) for _, case in columns)] for name in names),
     )
     memory = table(
         ["peak MiB in a step · resident MiB", *places],
@@ -221,10 +222,11 @@ def comparison() -> str:
             row += [own(name, ratio(case, name, "lora")), own(name, _memory_ratio(case, name))]
             row.append(f"{trainable:,}" if trainable else MISSING)
         rows.append(row)
+    source = f"[{published['source']}]({published['url']})"
     note = (
-        f"PEFT's figures: {published['model']}, {published['task']}, {published['device']} ({published['source']}). "
-        "All of rank 32 there, which for LoHa is twice as many parameters; equal numbers here. Memory: there the "
-        "accelerator's peak, here model, adapters, optimiser and the peak of a step."
+        f"{source}: {published['model']}, {published['task']}, {published['device']}. All of rank 32 there, which for "
+        "LoHa is twice as many parameters; equal numbers here. Memory: there the accelerator's peak, here model, adapters, "
+        "optimiser and the peak of a step."
     )
     return "\n\n".join([table(headings, rows), note, "\n".join(brief(machine) for machine in of)])
 
@@ -241,7 +243,7 @@ def _memory_ratio(case: Case, name: str) -> str:
 
 def _numbers() -> dict[str, Any]:
     columns = _cases(machines("model", _is_summarised))
-    names = [name for name in subjects_of(case for _, case in columns) if name not in _REFERENCES]
+    names = _summarised(columns)
     times: dict[str, dict[str, dict[str, list[float]]]] = {}
     memory: dict[str, dict[str, dict[str, list[float]]]] = {}
     for machine, case in columns:

@@ -14,6 +14,11 @@ MISSING = "–"
 """What was not measured."""
 OWN = "dual_lora"
 """The subject that tables set in bold: this package, its own door, on the backend that it chooses."""
+SUMMARISED = (
+    "full", "lora", "lora_compiled", "dora", "loha", "hira", "naive", "naive_compiled", "dual_lora_eager", OWN,
+    "dual_lora_peft",
+)  # fmt: skip
+"""The subjects of summaries and pictures: what one chooses among. Bounds and variants are in the whole tables."""
 MEBIBYTE = 2**20
 _DEFAULTS: Mapping[str, Setting] = {"base": "dense", "checkpointing": False}
 """Settings that need not be named."""
