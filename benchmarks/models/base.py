@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,23 +54,22 @@ def base_model(case: ModelCase) -> Any:
     return model
 
 
-def blocks(model: nn.Module) -> nn.Module:
-    """The part of a Llama without its output head."""
-    return model.get_submodule("model")
+def adapted_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Names and linear layers of a Llama that methods adapt: all but the output head."""
+    inner = model.get_submodule("model")
+    return [(f"model.{name}", module) for name, module in inner.named_modules() if isinstance(module, nn.Linear)]
 
 
-def replace_linears(model: nn.Module, build: Any) -> None:
-    """Put ``build(linear)`` in the place of every linear layer but the output head."""
-    inner = blocks(model)
-    for name, module in list(inner.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, last = name.rpartition(".")
-            setattr(inner.get_submodule(parent), last, build(module))
+def replace_linears(model: nn.Module, build: Callable[[Any], nn.Module]) -> None:
+    """Put ``build(linear)`` in the place of each of `adapted_linears`."""
+    for name, linear in adapted_linears(model):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, build(linear))
 
 
 def twin(model: nn.Module, own_linears: bool = False) -> Any:
     """Another model on the same frozen weights; with `own_linears` those of the blocks' linear layers are copied."""
-    copied = {id(m.weight) for m in blocks(model).modules() if isinstance(m, nn.Linear)} if own_linears else set()
+    copied = {id(linear.weight) for _, linear in adapted_linears(model)} if own_linears else set()
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in copied}
     for module in model.modules():  # what bitsandbytes keeps beside its parameters
         state = getattr(module, "quant_state", None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import blocks, replace_linears
+from .base import adapted_linears, replace_linears
 
 
 class _ThreeProducts(torch.autograd.Function):
@@ -42,7 +42,7 @@ class FloorLinear(nn.Module):
 
 def floor_model(model: nn.Module) -> nn.Module:
     """`model` with the linear layers of its blocks replaced, in place."""
-    weights = [module.weight for module in blocks(model).modules() if isinstance(module, nn.Linear)]
+    weights = [linear.weight for _, linear in adapted_linears(model)]
     scratch = torch.empty(max(weight.numel() for weight in weights), dtype=weights[0].dtype, device=weights[0].device)
     replace_linears(model, lambda linear: FloorLinear(linear, scratch))
     return model

@@ -9,9 +9,11 @@ from typing import Any
 from transformers import LlamaConfig
 
 SCALED_VOCABULARY = 2048
+TINY = "-tiny"
 _SCALED = re.compile(r"llama-h([1-9]\d*)")
 _HEAD = 64
 """Numbers of a head of the scaled models."""
+_TINY_HEAD = 32
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,14 @@ REAL = {
 def shape(name: str, layers: int | None = None) -> Shape:
     """The shape called `name`: one of ``REAL``, or ``llama-hN`` with hidden size N, a multiple of 64.
 
-    `layers` replaces the number of blocks, which is 8 of the scaled models to hidden size 1024 and 4 above.
+    `layers` replaces the number of blocks, which is 8 of the scaled models to hidden size 1024 and 4 above. With
+    ``-tiny`` behind the name: a model of that kind that is checked in no time.
 
     Raises:
         ValueError: there is none of that name.
     """
+    if name.endswith(TINY):
+        return _tiny(shape(name.removesuffix(TINY)), layers or 2)
     found = _SCALED.fullmatch(name)
     hidden = int(found[1]) if found else 0
     if name in REAL:
@@ -86,3 +91,12 @@ def shape(name: str, layers: int | None = None) -> Shape:
     else:
         raise ValueError(f"model: got {name!r}, expected llama-hN with N a multiple of {_HEAD}, or {', '.join(REAL)}")
     return replace(named, layers=layers or named.layers)
+
+
+def _tiny(of: Shape, layers: int) -> Shape:
+    """Two heads of keys and values, and as many heads for each as `of` has."""
+    heads = 2 * of.heads // of.key_value_heads
+    hidden = _TINY_HEAD * heads
+    return replace(
+        of, hidden=hidden, intermediate=4 * hidden, layers=layers, heads=heads, key_value_heads=2, vocabulary=256
+    )

@@ -29,6 +29,8 @@ _PEFT: Mapping[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 """Methods of PEFT → its configuration and what it is given, from r1 = r2."""
 _COLUMNS = {"dual_lora": 1.0, "dual_lora_half": 1 / 2}
 _COMPILED = {"lora_compiled": "lora", "naive_compiled": "naive"}
+_ADAPTED_AS = {**_COMPILED, PREPARED: "dual_lora", MERGED: "dual_lora"}
+"""Subjects that are another one's adapter, with something done to it."""
 _REPLACED = ("naive", "dual_lora_eager")
 TRAINED = (
     FROZEN, FLOOR, FULL, *_PEFT, "lora_compiled", "naive", "naive_compiled", "dual_lora_eager", "dual_lora",
@@ -41,17 +43,24 @@ ON_NF4 = (FLOOR, FROZEN, "lora", "dual_lora")
 """The subjects on a 4-bit base. The floor is that of the dense model: W0 dequantised once and for all."""
 
 
-def subject_model(base: nn.Module, subject: str, case: ModelCase) -> nn.Module:
+def _as_drawn(adapted: nn.Module) -> None:
+    """The adapter's values stay what the method's library begins with."""
+
+
+def subject_model(
+    base: nn.Module, subject: str, case: ModelCase, values: Callable[[nn.Module], None] = _as_drawn
+) -> nn.Module:
     """The model of `subject`, in training mode; its frozen weights are `base`'s own unless it changes them.
 
-    `base` is `base_model(case)`, and the dense model for the floor.
+    `base` is `base_model(case)`, and the dense model for the floor. `values` may set the adapter's, before anything is
+    merged, prepared or compiled.
 
     Raises:
         ValueError: there is no such subject, or it trains another number of parameters than the others.
         ImportError: the method's library is not installed.
     """
     torch.manual_seed(1)  # subjects of the same adapter have the same factors
-    model = _built(base, subject, case.rank)
+    model = _built(base, subject, case.rank, values)
     if case.checkpointing:  # after get_peft_model, which would make the embeddings' output require a gradient
         llama(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained, expected = trainable_count(model), expected_trainable(subject, case)
@@ -60,17 +69,21 @@ def subject_model(base: nn.Module, subject: str, case: ModelCase) -> nn.Module:
     return model.train()
 
 
-def _built(base: nn.Module, subject: str, rank: int) -> nn.Module:
+def _built(base: nn.Module, subject: str, rank: int, values: Callable[[nn.Module], None]) -> nn.Module:
     if subject == FULL:
-        return copy.deepcopy(base).requires_grad_(True)
-    if subject in (PREPARED, MERGED):
-        return _ready_to_serve(base, subject, rank)
+        model = copy.deepcopy(base).requires_grad_(True)
+    else:
+        model = _adapted(twin(base, own_linears=subject == MERGED), _ADAPTED_AS.get(subject, subject), rank)
+    values(model)
+    if subject == MERGED:
+        return merge_dual_lora(model)
+    if subject == PREPARED:
+        for _, layer in dual_lora_layers(model):
+            layer.prepare()
     if subject in _COMPILED:
-        model = _built(base, _COMPILED[subject], rank)
         for block in llama(model).model.layers:
-            block.compile()  # each by itself: they are alike, and Inductor compiles one
-        return model
-    return _adapted(twin(base), subject, rank)
+            block.compile(dynamic=False)  # each by itself: they are alike, and Inductor compiles one
+    return model
 
 
 def _adapted(model: nn.Module, subject: str, rank: int) -> nn.Module:
@@ -102,16 +115,6 @@ def _by_peft(model: nn.Module, subject: str, rank: int) -> nn.Module:
         config = getattr(peft, name)(target_modules="all-linear", **options(rank))
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
-
-
-def _ready_to_serve(base: nn.Module, subject: str, rank: int) -> nn.Module:
-    """Dual LoRA merged into weights of its own, or with W prepared."""
-    model = _adapted(twin(base, own_linears=subject == MERGED), "dual_lora", rank)
-    if subject == MERGED:
-        return merge_dual_lora(model)
-    for _, layer in dual_lora_layers(model):
-        layer.prepare()
-    return model
 
 
 def dense(case: ModelCase) -> ModelCase:
