@@ -225,8 +225,8 @@ def comparison() -> str:
     source = f"[{published['source']}]({published['url']})"
     note = (
         f"{source}: {published['model']}, {published['task']}, {published['device']}. All of rank 32 there, which for "
-        "LoHa is twice as many parameters; equal numbers here. Memory: there the accelerator's peak, here model, adapters, "
-        "optimiser and the peak of a step."
+        "LoHa is twice as many parameters; equal numbers here. Memory: there the accelerator's peak, here model, "
+        "adapters, optimiser and the peak of a step."
     )
     return "\n\n".join([table(headings, rows), note, "\n".join(brief(machine) for machine in of)])
 
