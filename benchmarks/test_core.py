@@ -24,7 +24,6 @@ TOKENS = {256: 128, 1024: 256, 4096: 512}
 """Size → tokens of a forward pass or a step."""
 SUBJECTS = (FLOOR, "lora", "dora", "naive", "dual_lora")
 _COUNTS = {"decode": 1, "merge": 0}
-_MERGES = 10
 
 
 def _case(kind: str, size: int) -> CoreCase:
@@ -35,9 +34,5 @@ def _case(kind: str, size: int) -> CoreCase:
 @pytest.mark.parametrize("case", [_case(kind, size) for size in TOKENS for kind in KINDS], ids=lambda case: case.name)
 def test_time(case: CoreCase, subject: str, benchmark: Any) -> None:
     torch.manual_seed(0)
-    run, before = prepare(case, subject)
     benchmark.group = case.name
-    if before is None:
-        benchmark(run)  # as often as a second allows, five times at least
-    else:
-        benchmark.pedantic(run, setup=before, rounds=_MERGES)
+    benchmark(prepare(case, subject))  # as often as a second allows, five times at least

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
-from dual_lora_kernels import DualLoraLinear
-from dual_lora_kernels.reference import effective_weight
 
 from .layer_step import FLOOR, floor_step, step
-from .methods import NaiveDualLora, build, frozen_linear
+from .merging import copying, merging
+from .methods import build, frozen_linear
 
 KINDS = ("forward", "step", "decode", "merge")
 
@@ -32,21 +28,15 @@ class CoreCase:
     @property
     def name(self) -> str:
         """Such as ``step 1024x1024, 256 tokens``."""
-        return f"{self.kind} {self.size}x{self.size}" + (f", {self.tokens} tokens" if self.tokens else "")
+        tokens = f", {self.tokens} token{'s' if self.tokens > 1 else ''}" if self.tokens else ""
+        return f"{self.kind} {self.size}x{self.size}{tokens}"
 
 
-class Timed(NamedTuple):
-    """`run` is what is timed, `before` what has to be called before each time."""
-
-    run: Callable[[], object]
-    before: Callable[[], object] | None = None
-
-
-def prepare(case: CoreCase, subject: str) -> Timed:
-    """The subject on a layer and an input of its own, drawn anew.
+def prepare(case: CoreCase, subject: str) -> Callable[[], object]:
+    """What is to be timed: the subject on a layer and an input of its own, drawn anew.
 
     The floor of a step is the three products, of a forward pass and of decoding F.linear on W0, and of merging to read
-    and write every weight once. `DualLoraLinear.merge` keeps W0, which PEFT's methods do not, and so copies it as well.
+    and write every weight once.
 
     Raises:
         ValueError: there is no such kind or method.
@@ -55,31 +45,14 @@ def prepare(case: CoreCase, subject: str) -> Timed:
     if case.kind not in KINDS:
         raise ValueError(f"kind: got {case.kind!r}, expected one of {', '.join(KINDS)}")
     linear = frozen_linear(case.size, case.size, torch.float32)
+    is_floor = subject == FLOOR
     if case.kind == "merge":
-        return _merge(linear, subject)
+        return copying(linear.weight) if is_floor else merging(subject, build(subject, linear))
     x = torch.randn(case.tokens, case.size)
     if case.kind == "step":
         grad = torch.randn(case.tokens, case.size)
-        if subject == FLOOR:
-            return Timed(floor_step(linear.weight, x, grad))
-        return Timed(step(build(subject, linear), x.requires_grad_(), grad))
-    module = linear if subject == FLOOR else build(subject, linear).eval()
-    return Timed(torch.no_grad()(lambda: module(x)))
-
-
-def _merge(linear: nn.Linear, subject: str) -> Timed:
-    weight = linear.weight
-    if subject == FLOOR:
-        target = torch.empty_like(weight)
-        return Timed(lambda: target.copy_(weight))
-    module: Any = build(subject, linear)
-    if isinstance(module, NaiveDualLora):
-        scale = torch.tensor(module.scale)
-        factors = (module.A, module.B, module.C, module.D)
-        return Timed(
-            torch.no_grad()(lambda: weight.copy_(effective_weight(weight, *factors, scale, weight.dtype, "nearest")))
-        )
-    is_own = isinstance(module, DualLoraLinear)
-    merge, unmerge = (module.merge, module.unmerge) if is_own else (module.merge_adapter, module.unmerge_adapter)
-    merge()  # or the first `before` would have nothing to take back
-    return Timed(merge, unmerge)
+        if is_floor:
+            return floor_step(linear.weight, x, grad)
+        return step(build(subject, linear), x.requires_grad_(), grad)
+    module = linear if is_floor else build(subject, linear).eval()
+    return torch.no_grad()(lambda: module(x))
