@@ -95,9 +95,9 @@ kernels: $(VENV)/.installed build/triton-$(OLDEST_TRITON)
 build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 	$(PIP) install -q --no-deps --upgrade --target $@ triton==$(OLDEST_TRITON)
 
-# mkdocs.yml makes warnings errors. The variable silences an advertisement of Material's.
+# mkdocs.yml makes warnings errors, but --quiet would not count them. The variable silences an advertisement of Material's.
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
 
 gpu-session: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.gpu.gpu_session --out results/gpu

@@ -1,7 +1,8 @@
 """Links to files of the repository work in the site as they do on GitHub.
 
-Pages say ``../benchmarks/results/x.md`` and ``../CHANGELOG.md``. The site has the measured results, with their pictures,
-and what lies at the repository's root as pages of its own; what it does not have (sources, scripts, JSON) becomes text.
+Pages say ``../benchmarks/results/x.md`` and ``../CHANGELOG.md``. The site has the measured results, with their
+pictures, and what lies at the repository's root as pages of its own; what it does not have (sources, scripts, JSON)
+becomes text.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """MkDocs' event: links go to the site's pages."""
+    """MkDocs' event: links go to the site's pages. What was measured is found through the pages that speak of it."""
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}
     return rewritten(markdown, page.file.src_uri)
 
 
