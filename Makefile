@@ -17,7 +17,7 @@ SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
 
-.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels docs bench gpu-session clean
+.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels docs bench gpu-session ratios clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
@@ -31,7 +31,8 @@ help:
 	@echo "make docs   build the documentation site into build/site; any warning is an error"
 	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
 	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
-	@echo "make gpu-session  on a GPU: numerics, rooflines, layer steps, memory into results/gpu, within 8 minutes"
+	@echo "make gpu-session  on a GPU, in 8 minutes: numerics, rooflines, layers, models, into benchmarks/results/machines"
+	@echo "make ratios a layer's step and decoding against bounds on ratios, in half a minute, beside whatever else runs"
 	@echo "make clean  remove the virtual environment and build products"
 
 # torch first and pinned, then the project against it: an unpinned torch or an isolated build fetches gigabytes.
@@ -99,8 +100,11 @@ build/triton-$(OLDEST_TRITON): $(VENV)/.installed
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
 
+ratios: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.ratio_check
+
 gpu-session: $(VENV)/.installed
-	$(PYTHON) -m benchmarks.gpu.gpu_session --out results/gpu
+	$(PYTHON) -m benchmarks gpu
 
 bench: $(VENV)/.installed
 	$(PYTHON) -m benchmarks.layers.layer_step

@@ -26,7 +26,9 @@ from .processes import Processes
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this run walks the Triton backend through Triton's interpreter: it then runs that backend's tests alone."""
 
-TRITON_ONLY = ("ahead_of_time", "architecture", "gpu_session", "static_report", "triton", "triton_fit", "triton_launch")
+TRITON_ONLY = (
+    "ahead_of_time", "architecture", "gpu_session", "static_report", "triton", "triton_fit", "triton_launch", "tuning",
+)  # fmt: skip
 NATIVE_ONLY = ("native", "native_library", "native_operators")
 collect_ignore = [] if importlib.util.find_spec("triton") else [f"test_{name}.py" for name in TRITON_ONLY]
 """Tests of the Triton backend and its tools import triton, those of the native one call its library; they are left out

@@ -9,7 +9,7 @@ from typing import Any
 from ..harness import charts
 from ..harness.environment import sentence
 from ..harness.report import markdown_table
-from ..harness.timing import Quartiles
+from ..harness.timing import Quartiles, quartiles, ratios
 from ..layers.layer_cells import CELL_LABELS, LLAMA_8B, MODES
 from ..layers.layer_step import FLOOR, MEBIBYTE
 from ..layers.methods import LABELS
@@ -17,6 +17,7 @@ from ..layers.methods import LABELS
 STEP_GOAL, DECODE_GOAL = 1.10, 1.3
 MEMORY_ALLOWANCE = 32 * MEBIBYTE
 GOAL_TOKENS = 4096
+_MODEL_MEMORY = ("held", "peak")
 GOAL_HEADINGS = ("goal", "bound", "worst measured", "measurements", "verdict")
 Records = Mapping[str, Mapping[str, Any]]
 """Part → {"status", "reason", "seconds", "results"}."""
@@ -211,6 +212,34 @@ def _memory(results: Mapping[str, Any]) -> list[str]:
     return [words, markdown_table(headings, cells), *_left_out(results["left_out"])]
 
 
+def _models(results: Mapping[str, Any]) -> list[str]:
+    headings = ("model", "method", "ms", "tokens/s", "× its floor", "held MiB", "peak MiB")
+    cells = [
+        (
+            f"{about['model']}, {about['batch']} × {about['sequence']}"
+            + (", checkpointed" if about["checkpointing"] else ""),
+            LABELS[name],
+            f"{quartiles(found['seconds']).median * 1e3:,.0f}",
+            f"{about['tokens'] / quartiles(found['seconds']).median:,.0f}",
+            f"{ratios(seconds, name, FLOOR).median:.3f}",
+            *(f"{found['bytes'][kind] / MEBIBYTE:,.0f}" if kind in found["bytes"] else "–" for kind in _MODEL_MEMORY),
+        )
+        for case in results["cases"]
+        for about in (case["settings"],)
+        for seconds in ({name: list(found["seconds"]) for name, found in case["subjects"].items()},)
+        for name, found in case["subjects"].items()
+        if found["seconds"]
+    ]
+    reasons = [
+        f"{LABELS[name]}, {case['settings']['model']}: {found['left_out']}"
+        for case in results["cases"]
+        for name, found in case["subjects"].items()
+        if found["left_out"]
+    ]
+    words = "A training step of every linear layer in every block: forward, backward, clipping, AdamW."
+    return [words, markdown_table(headings, cells), *_left_out([*results["left_out"], *reasons])]
+
+
 def _left_out(reasons: Sequence[str]) -> list[str]:
     return ["Left out:\n\n" + "\n".join(f"- {reason}" for reason in reasons)] if reasons else []
 
@@ -221,6 +250,7 @@ _PARTS = {
     "rooflines": _rooflines,
     "layers": _layers,
     "memory": _memory,
+    "models": _models,
 }
 
 

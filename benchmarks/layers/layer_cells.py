@@ -40,7 +40,8 @@ TOKENS = (4096, 16384, 1024, 256, 64, 16, 4, 1)
 DECODE_TOKENS = (1, 16, 4)
 _CACHED_TOKENS = 1024
 """Up to here reading W takes a share of a step's time that matters, so layers are used in turn."""
-_ROUNDS, _ROUND_SECONDS = 9, 1.0
+_LIMIT = 1.0
+"""Seconds after which a cell has rounds enough, be they three."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def candidates(cell: Cell) -> tuple[str, ...]:
     return *STRATEGIES, *(SAMPLED if cell.kind == "step" else ()), *PEERS
 
 
-def measure(cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Microseconds and ratios to the floor of every candidate that runs, and why the others do not.
+def measure(cell: Cell, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds by round, microseconds and ratios to the floor of every candidate that runs, and why the others do not.
 
-    The floor: three products for a step, F.linear on W0 alone for decoding.
+    Times are of one layer. The floor: three products for a step, F.linear on W0 alone for decoding.
     """
     names = candidates(cell)
     if cell.mode == "compiled":
@@ -129,10 +130,11 @@ def measure(cell: Cell, device: torch.device) -> dict[str, Any]:
                 raise
             runs.pop(name, None)
             left_out[name] = f"{type(error).__name__}: {error}"
-    seconds = interleaved(runs, rounds=_ROUNDS, warmup=1, device=device, limit=_ROUND_SECONDS, show=False)
+    seconds = interleaved(runs, rounds=rounds, warmup=1, device=device, limit=_LIMIT, show=False)
     return {
         **dataclasses.asdict(cell),
         "layers_in_turn": len(linears),
+        "seconds": {name: [value / len(linears) for value in times] for name, times in seconds.items()},
         "microseconds": {name: quartiles(times).median * 1e6 / len(linears) for name, times in seconds.items()},
         "to_floor": {name: dataclasses.asdict(ratios(seconds, name, FLOOR)) for name in runs if name != FLOOR},
         "to_dora": {name: ratios(seconds, name, "dora").median for name in STRATEGIES if {name, "dora"} <= runs.keys()},

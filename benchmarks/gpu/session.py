@@ -1,20 +1,15 @@
-"""Everything worth knowing of a GPU, NVIDIA's or AMD's, by one command and within a time budget.
+"""Everything worth knowing of a GPU, NVIDIA's or AMD's, within a time budget: the preset ``gpu``.
 
-    python -m benchmarks.gpu.gpu_session --out DIR [--minutes 8] [--tiny]
-
-Parts, in the order of their value: the machine and its two ceilings; the numerical suite; every kernel against its
-roofline; memory of a training step; a layer's step and decoding against the products that no method can avoid, PEFT's
-methods and naive Dual LoRA, until the time is up. ``summary.json``, ``summary.md`` and the plots are written after
-every part, and also when SIGINT or SIGTERM ends the session. ``--tiny`` walks through all of it on a CPU in Triton's
-interpreter (TRITON_INTERPRET=1); its times mean nothing.
+Parts: the machine and its two ceilings; the numerical suite; every kernel against its roofline; memory of a training
+step; a layer's step and decoding against the products that no method can avoid, PEFT's methods and naive Dual LoRA;
+whole models. The last two take cases in the order of their value until their time is up. ``summary.json``,
+``summary.md`` and the plots are written after every part, and also when SIGINT or SIGTERM ends the session.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from dual_lora_kernels import set_default_backend
 from dual_lora_kernels.backends import resolve_backend
 from dual_lora_kernels.backends.triton.architecture import architecture
 from dual_lora_kernels.runtime_settings import default_backend
@@ -34,12 +28,14 @@ from dual_lora_kernels.tuning.kernel_calls import RANK
 
 from ..harness import report
 from ..harness.environment import environment
+from ..harness.results import Case
 from ..layers import layer_cells
 from ..layers.layer_step import FLOOR, step
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import build, frozen_linear
 from ..model import chips, predict
-from . import numerical_suite, rooflines, session_summary
+from ..models.case import ModelCase
+from . import numerical_suite, rooflines, session_summary, whole_models
 from .numerical_suite import without_paths
 from .rooflines import Ceilings
 
@@ -60,6 +56,7 @@ class Sizes:
     product_tokens: tuple[int, ...] = (1, 16, 64, 256, 4096)
     token_product_tokens: tuple[int, ...] = (256, 2048)
     memory: tuple[int, int, int] = (14336, 4096, 4096)
+    models: tuple[ModelCase, ...] = tuple(whole_models.cases())
     copied_bytes: int = 2**30
     product_size: int = 8192
     tests: tuple[str, ...] = ("tests/test_triton.py", "tests/test_panels.py", "tests", "-m", "gpu")
@@ -75,6 +72,7 @@ TINY = Sizes(
     product_tokens=(1,),
     token_product_tokens=(3,),
     memory=(32, 48, 3),
+    models=tuple(whole_models.tiny()),
     copied_bytes=2**20,
     product_size=128,
     tests=("tests/test_rounding.py",),
@@ -85,11 +83,12 @@ TINY = Sizes(
 
 @dataclass
 class Session:
-    """One run. `records` is what the summary is made of."""
+    """One run. `records` is what the summary is made of; there is none without a `folder`."""
 
     device: torch.device
     sizes: Sizes
-    folder: Path
+    rounds: int
+    folder: Path | None
     console: Console
     guard: Guard
     seconds: float
@@ -97,6 +96,7 @@ class Session:
     progress: Progress
     task: TaskID
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: list[Case] = field(default_factory=list)
     ceilings: Ceilings | None = None
 
     def is_over(self, deadline: Deadline) -> bool:
@@ -213,7 +213,7 @@ def _layers(session: Session, results: dict[str, Any], deadline: Deadline) -> No
             break
         session.show(cell.label)
         try:
-            found = layer_cells.measure(cell, session.device)
+            found = layer_cells.measure(cell, session.device, session.rounds)
             found["predicted_microseconds"] = _predicted(cell, session)
         except Exception as error:
             results["left_out"].append(without_paths(f"{cell.label}: {type(error).__name__}: {error}"))
@@ -221,6 +221,26 @@ def _layers(session: Session, results: dict[str, Any], deadline: Deadline) -> No
         found["left_out"] = {name: without_paths(reason) for name, reason in found["left_out"].items()}
         results["cells"].append(found)
         results["unmeasured"] -= 1
+
+
+def _models(session: Session, results: dict[str, Any], deadline: Deadline) -> None:
+    results.update(cases=[], left_out=[])
+    for case in session.sizes.models:
+        if session.is_over(deadline):
+            results["left_out"].append(f"{case.title}: no time left")
+            continue
+        session.show(case.title)
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()  # what fits is decided by what the device has left
+        try:
+            found = whole_models.measure(
+                case, str(session.device), session.rounds, memory=not session.sizes.interpreted
+            )
+        except Exception as error:
+            results["left_out"].append(without_paths(f"{case.title}: {type(error).__name__}: {error}"))
+            continue
+        session.models.append(found)
+        results["cases"].append(dataclasses.asdict(found))
 
 
 def _predicted(cell: layer_cells.Cell, session: Session) -> dict[str, float] | None:
@@ -239,11 +259,12 @@ def _predicted(cell: layer_cells.Cell, session: Session) -> dict[str, float] | N
 PARTS = (
     Part("environment", "The machine", 20, _environment),
     Part("numerics", "Numerical suite", 150, _numerics),
-    Part("rooflines", "Kernels against their rooflines", 75, _rooflines),
-    Part("memory", "Peak memory of a training step", 20, _memory),
-    Part("layers", "Layer step and decode", 200, _layers),
+    Part("rooflines", "Kernels against their rooflines", 50, _rooflines),
+    Part("memory", "Peak memory of a training step", 15, _memory),
+    Part("layers", "Layer step and decode", 110, _layers),
+    Part("models", "Whole models", 115, _models),
 )
-"""The layers come last, though worth more than memory: they take whatever time is left."""
+"""Layers and models come last, though worth more than memory: they take whatever time is left."""
 
 
 def run(session: Session) -> None:
@@ -280,6 +301,9 @@ def _run_part(session: Session, part: Part, record: dict[str, Any], share: float
 def write(session: Session) -> None:
     """The summary of what there is; before the plots as well, so that nothing in them can cost the numbers."""
     records = session.records
+    folder = session.folder
+    if folder is None:
+        return
     titles = {part.key: part.title for part in PARTS}
     name = "GPU session" + (" (interpreter; times mean nothing)" if session.sizes.interpreted else "")
     goals = session_summary.goals({} if session.sizes.interpreted else records)
@@ -292,38 +316,24 @@ def write(session: Session) -> None:
 
     def save(plots: Sequence[str]) -> None:
         paragraphs = session_summary.paragraphs(name, goals, records, titles, plots)
-        report.write(session.folder, STEM, document, paragraphs)
+        report.write(folder, STEM, document, paragraphs)
 
     save([])
-    save(session_summary.draw(records, session.folder))
+    save(session_summary.draw(records, folder))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. 1 if a part failed, 0 also where one was stopped."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu.gpu_session", description="Measure this GPU: one command, one folder of results."
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results; made if need be")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time budget (8)")
-    parser.add_argument("--tiny", action="store_true", help="walk through it on a CPU in Triton's interpreter")
-    options = parser.parse_args(arguments)
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("no GPU: the session needs one (--tiny walks through it in Triton's interpreter)")
-    device = torch.device("cpu") if options.tiny else torch.device("cuda", torch.cuda.current_device())
-    chip = architecture(device)
-    if options.tiny and isinstance(chip, str):
-        parser.error(chip)
-    if options.tiny:
-        set_default_backend("triton")  # "auto" leaves the interpreter to tests
-    torch.manual_seed(0)
-    console = Console()
-    seconds = 60 * options.minutes
+def hold(
+    device: torch.device, sizes: Sizes, minutes: float, rounds: int, folder: Path | None, console: Console
+) -> Session:
+    """A whole session, as far as `minutes` and signals let it come."""
+    seconds = 60 * minutes
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Guard() as guard, Progress(*columns, console=console, transient=True) as progress:
         session = Session(
             device=device,
-            sizes=TINY if options.tiny else Sizes(),
-            folder=options.out,
+            sizes=sizes,
+            rounds=rounds,
+            folder=folder,
             console=console,
             guard=guard,
             seconds=seconds,
@@ -332,13 +342,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task=progress.add_task("session", total=seconds),
         )
         run(session)
-    for name, bound, worst, _, verdict in session_summary.goal_cells(
-        session_summary.goals({} if options.tiny else session.records)
-    ):
-        console.print(f"{verdict}: {name} {worst} ({bound})", soft_wrap=True)
-    console.print(f"written to {options.out}")
-    return int(any(record["status"] == "failed" for record in session.records.values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return session
