@@ -30,8 +30,8 @@ NOTES = (
     "A point is a training step of a stack of square layers, without nonlinearities between them: forward, then "
     "backward to the input and all adapters. temporary: memory that the step held at one moment and released again, by "
     "PyTorch's allocator, in a pass of its own. Single layers were checked against fp64 before they were timed.",
-    "rates: three products of a 2048² layer and 512 tokens, a copy of its weight, merging into it, and operations on a "
-    "single number, forward and backward.",
+    "rates: three products of a 2048² layer and 512 tokens, a copy of a 4096² weight into new memory, merging into a "
+    "2048² weight, and operations on a single number, forward and backward.",
 )
 _MEBIBYTE = 2**20
 
