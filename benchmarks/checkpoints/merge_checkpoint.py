@@ -30,7 +30,7 @@ from rich.progress import track
 from dual_lora_kernels import merge_checkpoint
 
 from ..harness.resident_memory import resident_growth
-from ..harness.results import Case, Measurement
+from ..harness.results import Case, Measurement, Setting
 from .synthetic import make_adapter, make_base
 
 KIND = "merge_on_disk"
@@ -159,5 +159,5 @@ def case(depth: int, rank: int, size: int, rounds: Sequence[Round], kills: Kills
         "cp": Measurement(tuple(each.copy for each in rounds), counts={"checkpoint_bytes": size}),
         "cp_and_sync": Measurement(tuple(each.copy + each.sync for each in rounds), counts={"checkpoint_bytes": size}),
     }
-    settings = {"kind": KIND, "dtype": "bf16", "model": "llama-3-8b", "layers": depth, "rank": rank}
+    settings: dict[str, Setting] = {"kind": KIND, "dtype": "bf16", "model": "llama-3-8b", "layers": depth, "rank": rank}
     return Case(settings, "cp", {**copies, "dual_lora": own})

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..checkpoints import merge_checkpoint
 from ..harness.environment import DTYPE_NAMES, environment
-from ..harness.results import Case, Measurement, Results
+from ..harness.results import Case, Measurement, Results, Setting
 from ..harness.timing import interleaved
 from ..layers.checks import Checker, refusal
 from ..layers.claims import Layer
@@ -68,9 +68,9 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
     about = environment(options.device)
     shapes = options.shape or (QUICK_SHAPES if options.quick else SHAPES)
     cases = tuple(
-        _measure(dtype, *each, options.rank, options.device, options.rounds, console)
+        _measure(dtype, rows, columns, options.rank, options.device, options.rounds, console)
         for dtype in options.dtype
-        for each in shapes
+        for rows, columns in shapes
     )
     return (Results("merge", "", about, cases, notes=NOTES),)
 
@@ -104,14 +104,9 @@ def _measure(
     for name, call in calls.items():
         trace = peak_temporary_bytes(call, device)
         found[name] = replace(found[name], seconds=tuple(seconds[name]), bytes={"peak": trace.peak})
-    settings = {
-        "kind": "merge",
-        "dtype": dtype,
-        "out_features": rows,
-        "in_features": columns,
-        "rank": rank,
-        "base": "dense",
-    }
+    settings: dict[str, Setting] = {
+        "kind": "merge", "dtype": dtype, "out_features": rows, "in_features": columns, "rank": rank, "base": "dense",
+    }  # fmt: skip
     return Case(settings, COPY, found)
 
 

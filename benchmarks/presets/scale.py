@@ -119,23 +119,25 @@ def _measure(point: Point, dtype: str, device: torch.device, rounds: int, consol
     found: dict[str, Measurement] = {}
     for name in SUBJECTS:
         try:
-            if name == FLOOR:
-                names, trainable, call = [], 0, stack_floor([layer.weight for layer in layers], x, grad)
-            else:
-                module = stack(name, layers, point.rank)
-                names = [] if checker is None else checker.give_values(name, module)
-                trainable, call = sum(each.numel() for each in trainable_parameters(module)), step(module, x, grad)
+            module = None if name == FLOOR else stack(name, layers, point.rank)
         except ImportError as error:
             found[name] = Measurement(left_out=str(error))
             continue
+        call: Callable[[], Sequence[torch.Tensor]]
+        names, trainable = [], 0
+        if module is None:
+            call = stack_floor([layer.weight for layer in layers], x, grad)
+        else:
+            names = [] if checker is None else checker.give_values(name, module)
+            trainable, call = sum(each.numel() for each in trainable_parameters(module)), step(module, x, grad)
         errors = {} if checker is None else checker.errors(name, call(), names)
         found[name] = Measurement(trainable=trainable, checked=errors, left_out=refusal(errors))
         if found[name].left_out is None:
             steps[name] = call
     del checker  # with the truths, several times as large as the layer
     seconds = interleaved(steps, rounds=rounds, warmup=1, device=device, console=console)
-    for name, call in steps.items():
-        temporary = peak_temporary_bytes(call, device).peak_temporary
+    for name, timed in steps.items():
+        temporary = peak_temporary_bytes(timed, device).peak_temporary
         found[name] = replace(found[name], seconds=tuple(seconds[name]), bytes={"temporary": temporary})
     return Case(point.settings(dtype), FLOOR, found)
 

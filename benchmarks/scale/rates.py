@@ -10,7 +10,7 @@ from rich.console import Console
 from dual_lora_kernels import dual_lora_merge_
 
 from ..harness.environment import DTYPE_NAMES
-from ..harness.results import Case, Measurement
+from ..harness.results import Case, Measurement, Setting
 from ..harness.timing import interleaved
 from .cost import PACKING, Layer, Rates, merging, passes
 
@@ -33,7 +33,7 @@ def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> 
         torch.randn(*shape, dtype=numbers, device=device) for shape in ((_LAYER.tokens, k), (_LAYER.tokens, n), (n, k))
     )
     target, large = torch.empty_like(weight), torch.zeros(2 * n, 2 * k, dtype=numbers, device=device)
-    factors = [torch.randn(*shape, device=device) for shape in ((r, k), (n, r), (r, k), (n, r))]
+    A, B, C, D = (torch.randn(*shape, device=device) for shape in ((r, k), (n, r), (r, k), (n, r)))
     one = torch.ones(1, device=device)
     start = torch.ones(1, device=device, requires_grad=True)
 
@@ -51,7 +51,7 @@ def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> 
     subjects: Mapping[str, Callable[[], object]] = {
         "product": products,
         "copy": large.clone,
-        "generate": lambda: dual_lora_merge_(weight, *factors, _SMALL_SCALE),
+        "generate": lambda: dual_lora_merge_(weight, A, B, C, D, _SMALL_SCALE),
         "launch": launches,
     }
     counts = {
@@ -61,7 +61,9 @@ def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> 
         "launch": {"launches": _LAUNCHES},
     }
     seconds = interleaved(subjects, rounds=rounds, warmup=2, device=device, console=console)
-    settings = {"kind": KIND, "dtype": dtype, "out_features": n, "in_features": k, "tokens": _LAYER.tokens, "rank": r}
+    settings: dict[str, Setting] = {
+        "kind": KIND, "dtype": dtype, "out_features": n, "in_features": k, "tokens": _LAYER.tokens, "rank": r,
+    }  # fmt: skip
     measured = {name: Measurement(tuple(seconds[name]), counts=counts[name]) for name in subjects}
     return Case(settings, "product", measured)
 
