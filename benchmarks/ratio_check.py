@@ -51,6 +51,8 @@ NATIVE, EAGER = "dual_lora", "dual_lora_eager"
 ALLOWED = 1.3
 """Nearer to the 1.5 × that is to be seen than to 1: processors that take the same paths still differ."""
 BATCHES = 3
+SLOWDOWN = 1.5
+"""That is to be seen."""
 _DECODES = 3
 """Calls in one time, of 0.1 ms each with F.linear."""
 _STEADY = {
@@ -61,7 +63,10 @@ _STEADY = {
 _BUSY = "import torch; torch.set_num_threads(1); a = torch.randn(1024, 1024)\nwhile True: a @ a"
 _SETTINGS = ("libraries", "slowdown", "busy")
 """What makes a series of the record."""
-HEADINGS = (*_SETTINGS, "slowed alone", "checks", "repeated", "failed", "failing, at most", "passing, at most (95 %)")
+HEADINGS = (
+    "libraries", "busy", "planted", "slowdown", "slowed", "checks", "repeated", "failed", "failing ≤", "passing ≤",
+)  # fmt: skip
+"""The last two: upper 95 % limits."""
 
 
 def machines() -> list[Machine]:
@@ -160,25 +165,42 @@ def bounds(series: Sequence[Mapping[str, Any]], libraries: str) -> dict[str, flo
 
 
 def rates(series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How checks on the recorded batches would have ended, of each series.
+    """How checks on the recorded batches would have ended.
 
-    Of one with a planted slowdown, for each case and subject by itself, as if nothing else had become slower.
+    planted: ``none``; ``delay``, in the process that was recorded; or ``factor``, by which the ratios of a process
+    without a delay are multiplied here. What is planted counts for each case and subject by itself, as if nothing else
+    had become slower.
     """
     found = []
     for each in series:
-        columns: dict[str, list[float]] = each["ratios"]
-        slowed = dict.fromkeys(name.partition(" / ")[0] for name in columns) if each["slowdown"] > 1 else [""]
-        for part in slowed:
-            chosen = {name: values for name, values in columns.items() if name.startswith(part)}
-            batches = [dict(zip(chosen, values, strict=True)) for values in zip(*chosen.values(), strict=True)]
-            ended = list(decisions(batches, bounds(series, each["libraries"]), BATCHES))
-            failed = sum(not one.passed for one in ended)
-            found.append(
-                {name: each[name] for name in _SETTINGS}
-                | {"slowed": part, "checks": len(ended), "failed": failed}
-                | {"repeated": sum(one.batches > 1 for one in ended)}
-            )
+        settings = {"libraries": each["libraries"], "busy": each["busy"]}
+        if each["slowdown"] > 1:
+            found += _planted(series, each, settings | {"planted": "delay", "slowdown": each["slowdown"]}, 1.0)
+        else:
+            found.append(settings | {"planted": "none", "slowdown": 1.0, "slowed": ""} | _ended(series, each, ""))
+            found += _planted(series, each, settings | {"planted": "factor", "slowdown": SLOWDOWN}, SLOWDOWN)
     return found
+
+
+def _planted(
+    series: Sequence[Mapping[str, Any]], own: Mapping[str, Any], settings: dict[str, Any], factor: float
+) -> list[dict[str, Any]]:
+    parts = dict.fromkeys(name.partition(" / ")[0] for name in own["ratios"])
+    return [settings | {"slowed": part} | _ended(series, own, part, factor) for part in parts]
+
+
+def _ended(
+    series: Sequence[Mapping[str, Any]], own: Mapping[str, Any], part: str, factor: float = 1.0
+) -> dict[str, int]:
+    chosen = [name for name in own["ratios"] if name.startswith(part)]
+    rows = zip(*(own["ratios"][name] for name in chosen), strict=True)
+    batches = [{name: factor * value for name, value in zip(chosen, row, strict=True)} for row in rows]
+    ended = list(decisions(batches, bounds(series, own["libraries"]), BATCHES))
+    return {
+        "checks": len(ended),
+        "repeated": sum(each.batches > 1 for each in ended),
+        "failed": sum(not each.passed for each in ended),
+    }
 
 
 def _recorded() -> list[dict[str, Any]]:
@@ -236,6 +258,10 @@ def check(console: Console) -> bool:
     return passed
 
 
+def _limits(failed: int, checks: int) -> tuple[str, str]:
+    return f"{upper_limit(failed, checks):.1%}", f"{upper_limit(checks - failed, checks):.1%}"
+
+
 def _busy(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of processes")
@@ -262,6 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slowdown", type=_slowdown, default=1.0, help="planted, with --record (1)")
     parser.add_argument("--libraries", choices=CASES, help="record under these paths alone")
     options = parser.parse_args(arguments)
+    if options.record is None and (options.busy or options.slowdown > 1 or options.libraries):
+        parser.error("--busy, --slowdown, --libraries: these say how to --record, and there is nothing to record")
     console = Console()
     if options.record is None:
         return int(not check(console))
@@ -271,11 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error("--busy, --slowdown: what ratios are on an idle machine has to be recorded first")
             record(machine, options.record, options.busy, options.slowdown, console)
     cells = [
-        [
-            *(str(one[name]) for name in (*_SETTINGS, "slowed", "checks", "repeated", "failed")),
-            f"{upper_limit(one['failed'], one['checks']):.1%}",
-            f"{upper_limit(one['checks'] - one['failed'], one['checks']):.1%}",
-        ]
+        [*(str(one[name]) for name in HEADINGS[:-2]), *_limits(one["failed"], one["checks"])]
         for one in rates(_recorded())
         if one["checks"]
     ]
