@@ -165,6 +165,7 @@ LABELS = {
     "dual_lora_prepared": "dual_lora_kernels, prepared",
     "dual_lora_merged": "dual_lora_kernels, merged",
     "copy": "copy of the weight",
+    "new_copy": "copy into new memory",
     "cp": "cp",
     "cp_and_sync": "cp, then sync",
     "product": "products",
