@@ -230,26 +230,29 @@ def test_an_unknown_method_is_named() -> None:
 
 
 def test_seconds_add_up() -> None:
-    own = cost.Rates(products=100.0, bytes=1000.0, generation=10.0, launch=0.5)
+    own = cost.Rates(products=100.0, bytes=1000.0, new_bytes=500.0, generation=10.0, launch=0.5)
     large, small = cost.Product(10, 40, 10), cost.Product(1, 100, 1)
-    work = cost.Work((large, small), numbers=250, launches=2, generation=30)
+    work = cost.Work((large, small), sweeps=(cost.Sweep(5, 50),), launches=2, generation=30)
     # 8000 operations that take as long as 4.2 times as many, since 32 lines come on top of the shortest side's 10; 200
     # take as long as 6600; four launches. 201 numbers of 4 bytes take less, those of 400 longer.
     assert own.seconds(work, 4) == pytest.approx(336 + 66 + 1 + 3 + 2)
     assert own.seconds(cost.Work((small,)), 400) == pytest.approx(201 * 400 / 1000 + 0.5)
+    assert own.moving([cost.Sweep(1, cost.KEPT // 4)], 4) == cost.KEPT / 1000
+    assert own.moving([cost.Sweep(3, cost.KEPT // 4 + 1)], 4) == 3 * (cost.KEPT + 4) / 500
 
 
 def test_rates_are_read_from_their_case() -> None:
     case = rates.measure("fp32", torch.device("cpu"), 1, Console(quiet=True))
     found = rates.rates(case)
     assert found.products == pytest.approx(3 * 2 * (512 + 32) * 2048**2 / case.subjects["product"].seconds[0])
-    assert found.bytes == 2 * 4 * 4096**2 / case.subjects["copy"].seconds[0]
+    assert found.new_bytes == 2 * 4 * 4096**2 / case.subjects["new_copy"].seconds[0]
+    assert found.bytes == 2 * 4 * 2048**2 / case.subjects["copy"].seconds[0]
     assert found.generation == 2048**2 * (4 * 16 + 4) / case.subjects["generate"].seconds[0]
     with pytest.raises(ValueError, match="case: got one of kind 'step', expected 'rates'"):
         rates.rates(Case({"kind": "step"}, "floor", {}))
 
 
-RATES = cost.Rates(1e11, 1e10, 5e10, 5e-6)
+RATES = cost.Rates(1e11, 1e10, 5e9, 5e10, 5e-6)
 STEP = {"kind": "step", "dtype": "fp32", "tokens": 64, "out_features": 96, "in_features": 80, "rank": 4}
 TRAIN = {"kind": "train", "dtype": "fp32", "model": "llama-h128", "layers": 2, "batch": 2, "sequence": 16, "rank": 4}
 

@@ -30,8 +30,8 @@ NOTES = (
     "A point is a training step of a stack of square layers, without nonlinearities between them: forward, then "
     "backward to the input and all adapters. temporary: memory that the step held at one moment and released again, by "
     "PyTorch's allocator, in a pass of its own. Single layers were checked against fp64 before they were timed.",
-    "rates: three products of a 2048² layer and 512 tokens, a copy of a 4096² weight into new memory, merging into a "
-    "2048² weight, and operations on a single number, forward and backward.",
+    "rates: three products of a 2048² layer and 512 tokens, a copy of its weight, one of a "
+    "4096² weight into new memory, merging, and operations on a single number, forward and backward.",
 )
 _MEBIBYTE = 2**20
 
@@ -160,6 +160,7 @@ def table(case: Case) -> tuple[str, list[str], list[list[str]]]:
         cells = [
             ["products", f"{found.products / 1e9:,.1f} GFLOP/s"],
             ["copies", f"{found.bytes / 1e9:,.1f} GB/s read and written"],
+            ["copies into new memory", f"{found.new_bytes / 1e9:,.1f} GB/s"],
             ["generation of W", f"{found.generation / 1e9:,.1f} G operations/s"],
             ["a launch", f"{found.launch * 1e6:,.2f} µs"],
         ]

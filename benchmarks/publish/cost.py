@@ -73,7 +73,8 @@ def _of_machine(machine: Machine) -> Iterator[str]:
 
 def _words(found: Rates) -> str:
     return (
-        f"products {found.products / 1e9:,.0f} GFLOP/s, copies {found.bytes / 1e9:,.1f} GB/s read and written, "
+        f"products {found.products / 1e9:,.0f} GFLOP/s, copies {found.bytes / 1e9:,.1f} GB/s read and written "
+        f"({found.new_bytes / 1e9:,.1f} into new memory), "
         f"generation of W {found.generation / 1e9:,.0f} billion operations a second, "
         f"{found.launch * 1e6:,.1f} µs a launch"
     )

@@ -8,7 +8,7 @@ kernels operations are counted from csrc/formula.h.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ PACKING = 32
 """Lines that come on top along a product's shortest side, in time: operands are packed, and tiles are not full. On two
 cores of an EPYC (Zen 3) three products of 1024² and 16 tokens took 2.9 times what the rate of large ones gives, of 64
 tokens 1.45 times, of 256 tokens 1.0 times; 32 lines make that 3, 1.5 and 1.1."""
+KEPT = 32 * 2**20
+"""Bytes of a tensor up to which a CPU's allocator keeps its memory for the next: above, glibc gives it back, and gets
+it in pages that have to be made, zeroed and mapped one by one."""
 WORKSPACE = 32 * 2**20
 """Bytes that panels of W and H may take, the package's default."""
 
@@ -42,9 +45,16 @@ class Product(NamedTuple):
         return self.operations * (1 + PACKING / min(self))
 
     @property
-    def numbers(self) -> int:
-        """Read and written, each once."""
-        return self.m * self.k + self.k * self.n + self.m * self.n
+    def sweeps(self) -> tuple[Sweep, ...]:
+        """Its operands and its result, each once."""
+        return Sweep(1, self.m * self.k), Sweep(1, self.k * self.n), Sweep(1, self.m * self.n)
+
+
+class Sweep(NamedTuple):
+    """`times` that a tensor of so many `numbers` is read or written."""
+
+    times: int
+    numbers: int
 
 
 @dataclass(frozen=True)
@@ -66,26 +76,31 @@ class Layer:
 class Work:
     """What a pass does.
 
-    products: by the vendor's library. numbers: that elementwise operations read and write. launches: operations of
-    PyTorch. generation: operations of the package's kernels, which make W of its factors and contract H with them.
+    products: by the vendor's library. sweeps: of elementwise operations. launches: operations of PyTorch. generation:
+    operations of the package's kernels, which make W of its factors and contract H with them.
     """
 
     products: tuple[Product, ...] = ()
-    numbers: int = 0
+    sweeps: tuple[Sweep, ...] = ()
     launches: int = 0
     generation: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
             self.products + other.products,
-            self.numbers + other.numbers,
+            self.sweeps + other.sweeps,
             self.launches + other.launches,
             self.generation + other.generation,
         )
 
     def times(self, count: int) -> Work:
         """The same `count` times."""
-        return Work(self.products * count, self.numbers * count, self.launches * count, self.generation * count)
+        return Work(self.products * count, self.sweeps * count, self.launches * count, self.generation * count)
+
+    @property
+    def numbers(self) -> int:
+        """That elementwise operations read and write."""
+        return sum(sweep.times * sweep.numbers for sweep in self.sweeps)
 
     @property
     def operations(self) -> int:
@@ -124,18 +139,29 @@ class Memory:
 
 @dataclass(frozen=True)
 class Rates:
-    """A machine's: operations of products and of generation and bytes copied, all a second, and a launch's seconds."""
+    """A machine's, a second: operations of products and of generation, bytes copied, and bytes copied into new memory.
+
+    launch: seconds of a launch.
+    """
 
     products: float
     bytes: float
+    new_bytes: float
     generation: float
     launch: float
 
     def seconds(self, work: Work, itemsize: int) -> float:
         """A product takes its operations' time or its bytes', whichever is longer; everything else adds up."""
-        products = sum(max(each.slowed / self.products, each.numbers * itemsize / self.bytes) for each in work.products)
+        products = sum(max(each.slowed / self.products, self.moving(each.sweeps, itemsize)) for each in work.products)
         launches = (len(work.products) + work.launches) * self.launch
-        return products + work.numbers * itemsize / self.bytes + work.generation / self.generation + launches
+        return products + self.moving(work.sweeps, itemsize) + work.generation / self.generation + launches
+
+    def moving(self, sweeps: Iterable[Sweep], itemsize: int) -> float:
+        """Seconds of reading and writing: large tensors are taken to be new."""
+        return sum(
+            times * numbers * itemsize / (self.bytes if numbers * itemsize <= KEPT else self.new_bytes)
+            for times, numbers in sweeps
+        )
 
 
 class _Sizes(NamedTuple):
@@ -180,39 +206,41 @@ def _floor(at: _Sizes) -> Passes:
 
 def _lora(at: _Sizes) -> Passes:
     m, n, k, total = at.m, at.n, at.k, at.total
-    forward = Work((_output(at), Product(m, total, k), Product(m, n, total)), numbers=5 * m * n, launches=2)
+    forward = Work((_output(at), Product(m, total, k), Product(m, n, total)), sweeps=(Sweep(5, m * n),), launches=2)
     thin = (Product(n, total, m), Product(m, total, n), Product(total, k, m), Product(m, k, total))
-    return Passes(forward, Work((_input_gradient(at), *thin), numbers=2 * m * n + 3 * m * k, launches=2))
+    return Passes(forward, Work((_input_gradient(at), *thin), sweeps=(Sweep(2, m * n), Sweep(3, m * k)), launches=2))
 
 
 def _dora(at: _Sizes) -> Passes:
     m, n, k, total = at.m, at.n, at.k, at.total
     forward, backward = _lora(at)
     norm = Work(
-        (Product(k, total, k), Product(k, n, total)), numbers=6 * n * k + 7 * m * n + k * k, launches=9
+        (Product(k, total, k), Product(k, n, total)),
+        sweeps=(Sweep(6, n * k), Sweep(7, m * n), Sweep(1, k * k)),
+        launches=9,
     )  # B A by way of the K×K identity, and the norms of W0 + s B A
-    return Passes(forward + norm, backward + Work(numbers=15 * m * n, launches=9))
+    return Passes(forward + norm, backward + Work(sweeps=(Sweep(15, m * n),), launches=9))
 
 
 def _loha(at: _Sizes) -> Passes:
     m, n, k, r = at.m, at.n, at.k, at.r
     rebuilt = (_rebuilt(at, r),) * 2
-    forward = Work((_output(at),) * 2 + rebuilt, numbers=5 * n * k + 3 * m * n, launches=6)
+    forward = Work((_output(at),) * 2 + rebuilt, sweeps=(Sweep(5, n * k), Sweep(3, m * n)), launches=6)
     products = (*(_input_gradient(at),) * 2, _token_product(at), *rebuilt, *_contracted(at, r) * 2)
-    return Passes(forward, Work(products, numbers=8 * n * k + 3 * m * k, launches=4))
+    return Passes(forward, Work(products, sweeps=(Sweep(8, n * k), Sweep(3, m * k)), launches=4))
 
 
 def _hira(at: _Sizes) -> Passes:
     m, n, k, total = at.m, at.n, at.k, at.total
-    forward = Work((*(_output(at),) * 2, Product(k, n, total)), numbers=3 * n * k + 3 * m * n, launches=2)
+    forward = Work((*(_output(at),) * 2, Product(k, n, total)), sweeps=(Sweep(3, n * k), Sweep(3, m * n)), launches=2)
     products = (*(_input_gradient(at),) * 2, _token_product(at), *_contracted(at, total))
-    return Passes(forward, Work(products, numbers=3 * n * k + 3 * m * k, launches=2))
+    return Passes(forward, Work(products, sweeps=(Sweep(3, n * k), Sweep(3, m * k)), launches=2))
 
 
 def _naive(at: _Sizes) -> Passes:
-    forward = Work((_output(at), *(_rebuilt(at, at.r),) * 2), numbers=14 * at.n * at.k, launches=8)
+    forward = Work((_output(at), *(_rebuilt(at, at.r),) * 2), sweeps=(Sweep(14, at.n * at.k),), launches=8)
     products = (_input_gradient(at), _token_product(at), *_contracted(at, at.r) * 2)
-    return Passes(forward, Work(products, numbers=13 * at.n * at.k, launches=5))
+    return Passes(forward, Work(products, sweeps=(Sweep(13, at.n * at.k),), launches=5))
 
 
 def _dual_lora(at: _Sizes) -> Passes:

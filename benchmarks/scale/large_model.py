@@ -24,6 +24,7 @@ _RANK = 16
 _SETTINGS = cost_model.Settings(rank=2 * _RANK)
 _BF16 = 2
 _LAYOUTS: Mapping[str, tuple[Layout, int]] = {
+    "one GPU, bf16 base": (Layout("one"), cost_model.NODE),
     "one GPU, NF4 base": (Layout("NF4", quantised=True), cost_model.NODE),
     "8 GPUs, FSDP2, bf16 base": (Layout("FSDP2", sharded=True), cost_model.NODE),
 }
@@ -56,7 +57,13 @@ def chip_rates(predicted: Mapping[str, Any]) -> Rates:
     )
     excess = sum(step["total"] - step["floor"] for step in steps)
     chip = CHIPS[CHIP]
-    return Rates(chip.product_operations, chip.bytes_per_second, work.generation / excess, chip.launch_seconds)
+    return Rates(
+        chip.product_operations,
+        chip.bytes_per_second,
+        chip.bytes_per_second,
+        work.generation / excess,
+        chip.launch_seconds,
+    )
 
 
 def layers() -> list[Layer]:

@@ -1,4 +1,4 @@
-"""The four rates of a machine that the cost model turns work into seconds with, measured as subjects of one case."""
+"""The five rates of a machine that the cost model turns work into seconds with, measured as subjects of one case."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SMALL_SCALE = 1e-9
 def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> Case:
     """Three products, a copy, W over W0, and launches of operations on a single number, forward and backward.
 
-    The copy is of a weight four times as large, as large models have it, and into memory that is given to it anew, as
-    it is to every result of PyTorch's operations: on a CPU that can take longer than the copying.
+    One copy is into memory that is there. The other, of a weight four times as large, gets its memory anew as large
+    results of PyTorch's operations do, which on a CPU takes longer than the copying.
     """
     numbers, n, k, r = DTYPE_NAMES[dtype], _LAYER.out_features, _LAYER.in_features, _LAYER.rank
     x, grad, weight = (
@@ -50,13 +50,15 @@ def measure(dtype: str, device: torch.device, rounds: int, console: Console) -> 
 
     subjects: Mapping[str, Callable[[], object]] = {
         "product": products,
-        "copy": large.clone,
+        "copy": lambda: target.copy_(weight),
+        "new_copy": large.clone,
         "generate": lambda: dual_lora_merge_(weight, A, B, C, D, _SMALL_SCALE),
         "launch": launches,
     }
     counts = {
         "product": {"operations": passes("floor", _LAYER).step().operations},
-        "copy": {"bytes": 2 * large.nbytes},
+        "copy": {"bytes": 2 * weight.nbytes},
+        "new_copy": {"bytes": 2 * large.nbytes},
         "generate": {"operations": merging(_LAYER).generation},
         "launch": {"launches": _LAUNCHES},
     }
@@ -82,4 +84,4 @@ def rates(case: Case) -> Rates:
 
     products = rate("product", "operations") * (1 + PACKING / _LAYER.tokens)
     generation, launch = rate("generate", "operations"), 1 / rate("launch", "launches")
-    return Rates(products, rate("copy", "bytes"), generation, launch)
+    return Rates(products, rate("copy", "bytes"), rate("new_copy", "bytes"), generation, launch)
