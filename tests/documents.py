@@ -20,6 +20,8 @@ PAGES = [
 ]  # fmt: skip
 """What people write by hand; the changelog speaks of what has been."""
 _PARSER = MarkdownIt("commonmark").enable("table")
+_MEASURED = re.compile(r"<!-- table: .*?<!-- /table -->", re.DOTALL)
+_NOTHING = re.compile(r"(?!)")
 _SHELL = ("", "bash", "sh", "console")
 """Languages of fences that may have commands; indented code has none."""
 
@@ -51,8 +53,8 @@ class Link(NamedTuple):
     target: str
 
 
-def _tokens(page: str) -> Iterator[Token]:
-    for token in _PARSER.parse((ROOT / page).read_text(encoding="utf-8")):
+def _tokens(page: str, leave_out: re.Pattern[str] = _NOTHING) -> Iterator[Token]:
+    for token in _PARSER.parse(leave_out.sub("", (ROOT / page).read_text(encoding="utf-8"))):
         yield token
         yield from token.children or ()
 
@@ -67,8 +69,12 @@ def examples(page: str) -> list[Example]:
 
 
 def commands(page: str) -> Iterator[Command]:
-    """The commands in the page's blocks, and those that its sentences name in code."""
-    for token in _tokens(page):
+    """The commands in the page's blocks, and those that its sentences name in code.
+
+    Tables that are written from results say by which command they were measured, at the commit that they name; those
+    are left out.
+    """
+    for token in _tokens(page, leave_out=_MEASURED):
         if token.type == "code_block" or (token.type == "fence" and token.info in _SHELL):
             for line in token.content.replace("\\\n", " ").splitlines():
                 if words := _words(line):
