@@ -21,6 +21,7 @@ from dual_lora_kernels.self_check.checks import NAIVE_ERRORS
 
 from .accuracy import error_ratios, summary  # noqa: F401  # a fixture of every test
 from .browsers import has_browser
+from .documentation_site import has_mkdocs
 from .processes import Processes
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,7 +41,10 @@ if not importlib.util.find_spec("bitsandbytes"):
     collect_ignore += ["test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py"]
 
 if not has_browser():
-    collect_ignore += ["test_inspection_browser.py"]
+    collect_ignore += ["test_inspection_browser.py", "test_documentation_browser.py"]
+
+if not has_mkdocs():
+    collect_ignore += ["test_documentation_site.py", "test_documentation_browser.py"]
 
 if not importlib.util.find_spec("deepspeed"):  # `make deepspeed` installs it
     collect_ignore += ["test_deepspeed.py"]
@@ -87,6 +91,8 @@ def pytest_report_header() -> list[str]:
     lacking = [] if importlib.util.find_spec("bitsandbytes") else ["no bitsandbytes: its layers' tests are left out"]
     if not has_browser():
         lacking.append("no chromium, chromedriver or selenium: tests in a browser are left out")
+    if not has_mkdocs():
+        lacking.append("no mkdocs: tests of the documentation's site are left out")
     return [
         "backends: " + ", ".join(present),
         *(f"no {name}: {reason}" for name, reason in missing.items() if reason),
