@@ -28,6 +28,8 @@ from .presets.arguments import count
 PRESETS = ("layer", "decode", "model", "merge", "scale", "gpu")
 """Each is the file of its name in `benchmarks.presets`."""
 PROG = "python -m benchmarks"
+_WIDTH = 120
+"""Of tables in a file or a pipe, which tell no width of their own."""
 _DESCRIPTION = "What Dual LoRA costs in time and memory, beside what it is compared with, on this machine."
 _EPILOG = """\
 example:
@@ -122,6 +124,8 @@ def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str)
         root.mkdir(parents=True, exist_ok=True)  # said before minutes of work, where it cannot be
     torch.set_num_threads(options.threads)
     console = Console(stderr=options.json)
+    if not console.is_terminal:
+        console = Console(stderr=options.json, width=_WIDTH)
     seen = self_check(getattr(options, "device", torch.device("cpu")), console)
     problem = warning(seen)
     if problem:
@@ -131,6 +135,9 @@ def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str)
     for results in found:
         for case in results.cases:
             print_table(*preset.table(case), console)
+            for subject, measurement in case.subjects.items():
+                if measurement.left_out:
+                    console.print(f"left out: {subject}, which {measurement.left_out}", markup=False)
         for note in results.notes:
             console.print(note, markup=False)
     if root is None:

@@ -142,29 +142,6 @@ def test_ratios_compare_within_a_round() -> None:
     assert timing.quartiles([3.0]) == timing.Quartiles(3.0, 3.0, 3.0)
 
 
-def test_layer_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = f"--shape 40x48 --tokens 6 --rounds 2 --warmup 1 --rank 4 --threads {torch.get_num_threads()}"
-    layer_step.main([*arguments.split(), "--device", "cpu", "--out", str(tmp_path)])
-    stem = "cpu_layer_step_fp32_40x48_m6"
-    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.json", f"{stem}.md", f"{stem}.png"}
-    document = json.loads((tmp_path / f"{stem}.json").read_text(encoding="utf-8"))
-    rows = {row["method"]: row for row in document["rows"]}
-    assert list(rows) == ["floor", *methods.METHODS]
-    assert rows["floor"]["to_floor"]["median"] == rows["naive"]["to_naive"]["median"] == 1.0
-    assert rows["naive"]["temporary_bytes"] >= 3 * 40 * 48 * 4, "naive keeps several N×K tensors"
-    assert all(len(times) == 2 for times in document["seconds"].values())
-    assert {"cpu", "threads", "torch", "peft", "date"} <= document["environment"].keys()
-    assert "dual_lora_kernels" in (tmp_path / f"{stem}.md").read_text(encoding="utf-8")
-    assert "written to" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("arguments", ["--shape 4096", "--shape 0x8", "--tokens 0", "--dtype int8", "--methods qlora"])
-def test_layer_step_refuses_bad_arguments(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        layer_step.main(arguments.split())
-    assert "error: argument" in capsys.readouterr().err
-
-
 def test_model_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every method trains, beside a busy process, and shares of a step's time sum up to it."""
     threads = torch.get_num_threads()

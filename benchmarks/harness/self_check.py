@@ -37,7 +37,8 @@ def self_check(device: torch.device, console: Console | None = None) -> Quartile
         return run
 
     subjects = {name: repeated(times) for name, times in _REPETITIONS.items()}
-    seconds = interleaved(subjects, rounds=_ROUNDS, warmup=2, device=device, console=console)
+    show = console is not None and console.is_terminal
+    seconds = interleaved(subjects, rounds=_ROUNDS, warmup=2, device=device, console=console, show=show)
     return ratios(seconds, "planted", "as it is")
 
 

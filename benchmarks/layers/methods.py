@@ -1,13 +1,15 @@
 """Every method on one frozen linear layer, at equal trainable parameters (DoRA adds its magnitude vector).
 
-The bounds on both sides are among them: ``frozen`` trains nothing, and ``full`` trains the weight. Ranks follow from Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take
-r = r1 + r2, LoHa, which has four factors itself, half of that. PEFT's adapters keep PEFT's own defaults (fp32 also on a
-bf16 base, zero-initialised updates): how long a step takes does not depend on the values. PEFT is imported when one of
-its methods is built, so the others run where it is not installed.
+The bounds on both sides are among them: ``frozen`` trains nothing, and ``full`` trains the weight. Ranks follow from
+Dual LoRA's r1 and r2, whose four factors hold (r1 + r2)·(N + K) numbers: LoRA, DoRA and HiRA take r = r1 + r2, LoHa,
+which has four factors itself, half of that. PEFT's adapters keep PEFT's own defaults (fp32 also on a bf16 base,
+zero-initialised updates): how long a step takes does not depend on the values. PEFT is imported when one of its methods
+is built, so the others run where it is not installed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -109,8 +111,17 @@ def _dual_lora_peft(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
     from dual_lora_kernels.peft import DualLoraConfig
 
     config = DualLoraConfig(target_modules=["layer"], r1=r1, r2=r2, alpha=ALPHA)
-    model: nn.Module = peft.get_peft_model(_Model(linear), config)
+    logger = logging.getLogger("dual_lora_kernels")
+    was, logger.disabled = logger.disabled, True  # it warns of no warm-up, and nothing is to be trained here
+    try:
+        model: nn.Module = peft.get_peft_model(_Model(linear), config)
+    finally:
+        logger.disabled = was
     return model
+
+
+def _frozen(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
+    return linear
 
 
 def _full(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
@@ -129,7 +140,7 @@ Builder = Callable[[nn.Linear, int, int], nn.Module]
 """(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
 
 METHODS: dict[str, Builder] = {
-    "frozen": lambda linear, r1, r2: linear,
+    "frozen": _frozen,
     "full": _full,
     "lora": _lora,
     "lora_compiled": lambda linear, r1, r2: _compiled(_lora(linear, r1, r2)),

@@ -1,4 +1,4 @@
-"""Types of the command line's arguments, and the options that several presets have."""
+"""Types of the command line's arguments, and an option that several presets have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import argparse
 import torch
 
 from ..harness.environment import DTYPE_NAMES
+
+DTYPES = ("fp32", "bf16", "fp16")
+"""Of layers and models."""
 
 
 def count(text: str) -> int:
@@ -25,11 +28,11 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def dtype(text: str) -> str:
-    """A dtype's short name, from that or PyTorch's own."""
+    """``fp32``, ``bf16`` or ``fp16``, from that or PyTorch's own name."""
     names = {str(value).removeprefix("torch."): name for name, value in DTYPE_NAMES.items()}
     name = names.get(text, text)
-    if name not in DTYPE_NAMES:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(DTYPE_NAMES)}")
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(DTYPES)}")
     return name
 
 
