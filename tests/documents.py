@@ -77,13 +77,13 @@ def commands(page: str) -> Iterator[Command]:
     for token in _tokens(page, leave_out=_MEASURED):
         if token.type == "code_block" or (token.type == "fence" and token.info in _SHELL):
             for line in token.content.replace("\\\n", " ").splitlines():
-                if words := _words(line):
+                if words := words_of(line):
                     yield Command(page, words, True)
-        elif token.type == "code_inline" and (words := _words(token.content)):
+        elif token.type == "code_inline" and (words := words_of(token.content)):
             yield Command(page, words, False)
 
 
-def _words(line: str) -> tuple[str, ...]:
+def words_of(line: str) -> tuple[str, ...]:
     """A command's words; none where the line is not a command."""
     try:
         words = shlex.split(line, comments=True)
@@ -113,7 +113,7 @@ def anchors(file: Path) -> set[str]:
     tokens = _PARSER.parse(file.read_text(encoding="utf-8"))
     for opening, inside in itertools.pairwise(tokens):
         if opening.type == "heading_open":
-            text = "".join(child.content for child in inside.children or ())
+            text = "".join(child.content for child in inside.children or () if child.type in ("text", "code_inline"))
             name = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
             number = sum(
                 anchor == name or re.fullmatch(re.escape(name) + r"-\d+", anchor) is not None for anchor in found

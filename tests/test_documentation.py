@@ -15,7 +15,7 @@ import dual_lora_kernels.peft
 import dual_lora_kernels.trainer
 
 from . import documentation_names, documentation_spread
-from .documents import PAGES, ROOT, anchors, commands, examples, links, named_in_code
+from .documents import PAGES, ROOT, Command, anchors, commands, examples, links, named_in_code, words_of
 from .processes import Processes
 from .typed_commands import problem
 
@@ -55,6 +55,33 @@ def test_examples_are_found() -> None:
 def test_commands_can_be_typed(page: str) -> None:
     found = [(command.words, what) for command in commands(page) if (what := problem(command))]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "wrong"),
+    [
+        ("dual-lora merg BASE ADAPTER OUT", "no subcommand merg"),
+        ("dual-lora merge BASE", "the following arguments are required"),
+        ("dual-lora inspect ADAPTER --htlm page.html", "unrecognized arguments: --htlm"),
+        (".venv/bin/dual-lora bench layer --quik", "unrecognized arguments: --quik"),
+        ("python -m benchmarks layers", "no preset layers"),
+        ("python -m benchmarks.layers.no_such_table", "no module benchmarks.layers.no_such_table"),
+        ("torchrun --nproc-per-node 2 -m examples.distributed.finetune --lay fsdp", "no option --lay"),
+        ("OMP_NUM_THREADS=1 make no-such-target", "make has no no-such-target"),
+        ('pip install --no-build-isolation ".[peft,pefft]"  # both', "no extra pefft"),
+        ("pytest tests/test_no_such.py", "no tests/test_no_such.py"),
+    ],
+)
+def test_what_cannot_be_typed_is_seen(typed: str, wrong: str) -> None:
+    found = problem(Command("page", words_of(typed), True))
+    assert found is not None
+    assert wrong in found
+
+
+def test_anchors_are_githubs(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    file.write_text("# A *b*, `c_d`: e–f\n\n## Same\n\n## Same\n\n```\n# no heading\n```\n", encoding="utf-8")
+    assert anchors(file) == {"a-b-c_d-ef", "same", "same-1"}
 
 
 @pytest.mark.parametrize("page", PAGES)

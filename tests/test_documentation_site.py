@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import posixpath
 import re
 from html.parser import HTMLParser
@@ -114,6 +115,32 @@ def test_the_reference_has_every_command(
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert len(commands) >= 6
     assert {f"dual-lora-{command}" for command in commands} <= pages["reference/command_line.html"].anchors
+
+
+@pytest.mark.parametrize(
+    ("page", "markdown", "wanted"),
+    [
+        ("peft.md", "[`x`\ny](../benchmarks/results/dither_table.md)", "[`x`\ny](results/dither_table.md)"),
+        ("reference/peft.md", "[x](../peft.md#verbs)", "[x](../peft.md#verbs)"),
+        ("contributing.md", "[x](docs/architecture.md)", "[x](architecture.md)"),
+        ("index.md", "[x](../CHANGELOG.md)", "[x](changelog.md)"),
+        ("numerics.md", "[`x.py`](../dual_lora_kernels/reference.py)", "`x.py`"),
+        ("demo.md", "[options](../examples/demo/README.md)", "options (`examples/demo/README.md`)"),
+        ("index.md", "![x](images/bench_layer.svg)", "![x](images/bench_layer.svg)"),
+        ("index.md", "[x](https://arxiv.org/abs/1)", "[x](https://arxiv.org/abs/1)"),
+        ("index.md", "`[x](../Makefile)` and ``a[`](../Makefile)``", None),
+        ("index.md", "```\n[x](../Makefile)\n```\n", None),
+        ("index.md", "[x](../no_such_file.md)", None),
+    ],
+)
+def test_links_are_rewritten(page: str, markdown: str, wanted: str | None) -> None:
+    """None: as it was; MkDocs says where that is broken."""
+    spec = importlib.util.spec_from_file_location("repository", documentation_site.ROOT / "docs/hooks/repository.py")
+    assert spec
+    assert spec.loader
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    assert hook.rewritten(markdown, page) == (wanted or markdown)
 
 
 def test_what_the_site_does_not_have_is_text(site: Path) -> None:
