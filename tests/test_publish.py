@@ -152,6 +152,22 @@ def test_publishing_writes_what_checking_missed(tmp_path: Path) -> None:
     assert "<!-- table: one -->\n\n| new |\n\n<!-- /table -->" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_what_cannot_be_written_does_not_hide_the_rest(tmp_path: Path) -> None:
+    def fails() -> Any:
+        raise KeyError("new_copy")
+
+    page = "".join(f"<!-- table: {name} -->\n<!-- /table -->\n" for name in ("one", "two")) + "![](images/line.svg)\n"
+    _tree(tmp_path, readme=page)
+    picture = dataclasses.replace(_picture(1.0), data=fails)
+    of = publishing.Sources({"one": fails, "two": lambda: "| new |"}, {"line": picture})
+    problems = publishing.publish(tmp_path, of, check=False)
+    assert [problem.split(" (test_publish.py:")[0] for problem in problems] == [
+        "README.md:1: table 'one' cannot be written: KeyError: 'new_copy'",
+        "docs/images/line.svg: cannot be drawn: KeyError: 'new_copy'",
+    ]
+    assert "| new |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_long_differences_are_cut(tmp_path: Path) -> None:
     _tree(tmp_path, readme="<!-- table: one -->\n<!-- /table -->\n")
     of = publishing.Sources({"one": lambda: "\n".join(map(str, range(100)))}, {})
@@ -268,6 +284,7 @@ def test_machines_stand_side_by_side_and_gaps_are_visible(found: list[Results]) 
         ((0.5, 0.6), "| 2 | 0 | 0 | nowhere |"),
         ((0.8, 0.5), "| 1 | 1 | 0 | nowhere |"),
         ((1.6, 1.2), "| 0 | 0 | 2 | everywhere, by 1.50 to 2.00 |"),
+        ((1.6, 1.6), "| 0 | 0 | 2 | everywhere, by 2.00 |"),
         ((1.6, 0.4), "| 1 | 0 | 1 | fp32, 4096², 512 tokens: 2.00 |"),
     ],
 )

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,13 @@ def publish(root: Path, of: Sources, *, check: bool) -> list[str]:
         used |= {block.name for block in found}
         unknown = [block for block in found if block.name not in of.tables]
         problems += [f"{label}:{block.first}: no topic writes a table {block.name!r}" for block in unknown]
-        known = [block for block in found if block not in unknown]
-        rendered |= {block.name: of.tables[block.name]() for block in known if block.name not in rendered}
+        for block in found:
+            if block.name in of.tables and block.name not in rendered:
+                try:
+                    rendered[block.name] = of.tables[block.name]()
+                except Exception as error:  # whatever it is, the other tables are still to be written
+                    problems.append(f"{label}:{block.first}: table {block.name!r} cannot be written: {_where(error)}")
+        known = [block for block in found if block.name in rendered]
         new = blocks.fill(text, known, rendered)
         if check:
             problems += [
@@ -101,14 +107,22 @@ def _publish_pictures(root: Path, pictures: Mapping[str, Picture], documents: st
         label = path.relative_to(root).as_posix()
         if f"images/{path.name}" not in documents:
             problems.append(f"{label}: no document shows it")
-        if picture.is_current(path):
-            continue
-        if check:
-            problems.append(f"{label}: drawn from other numbers or by another source")
-        else:
-            picture.write(path)
+        try:
+            if picture.is_current(path):
+                continue
+            if check:
+                problems.append(f"{label}: drawn from other numbers or by another source")
+            else:
+                picture.write(path)
+        except Exception as error:  # as with tables
+            problems.append(f"{label}: cannot be drawn: {_where(error)}")
     stale = [path for path in drawn_by_program(folder) if path.stem not in pictures]
     return problems + [f"{path.relative_to(root).as_posix()}: no topic draws it any more" for path in stale]
+
+
+def _where(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
 
 
 def _difference(old: str, new: str) -> str:

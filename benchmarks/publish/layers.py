@@ -174,7 +174,8 @@ def _standing(machine: Machine, name: str) -> list[str]:
     if not slower:
         where = "nowhere"
     elif len(slower) == len(against):
-        where = f"everywhere, by {slower[-1][0]:.2f} to {slower[0][0]:.2f}"
+        least, most = (f"{value:.2f}" for value in (slower[-1][0], slower[0][0]))
+        where = "everywhere, by " + (least if least == most else f"{least} to {most}")
     else:
         where = "; ".join(f"{words}: {value:.2f}" for value, words in slower)
     return [str(len(faster)), str(len(against) - len(slower) - len(faster)), str(len(slower)), where]
