@@ -72,9 +72,9 @@ def _of_machine(machine: Machine) -> Iterator[str]:
 
 
 def _words(found: Rates) -> str:
+    new = "" if found.new_bytes == found.bytes else f" ({found.new_bytes / 1e9:,.1f} into new memory)"
     return (
-        f"products {found.products / 1e9:,.0f} GFLOP/s, copies {found.bytes / 1e9:,.1f} GB/s read and written "
-        f"({found.new_bytes / 1e9:,.1f} into new memory), "
+        f"products {found.products / 1e9:,.0f} GFLOP/s, copies {found.bytes / 1e9:,.1f} GB/s read and written{new}, "
         f"generation of W {found.generation / 1e9:,.0f} billion operations a second, "
         f"{found.launch * 1e6:,.1f} µs a launch"
     )
@@ -116,12 +116,12 @@ def large_model() -> str:
     return (
         f"Estimated, nothing of it measured: {CHIP}, 8192 tokens a GPU, r1 = r2 = 16 (32 for LoRA and DoRA), every "
         f"block checkpointed. Rates: {_words(chip_rates(document))}.\n\n{table(headings, rows)}\n\n"
-        f"A star: more than the chip's {CAPACITY / 1e9:.0f} GB."
+        f"Too much: more than the chip's {CAPACITY / 1e9:.0f} GB."
     )
 
 
 def _gigabytes(value: float | None) -> str:
-    return MISSING if value is None else f"{value:,.0f}{'*' if value > CAPACITY / 1e9 else ''}"
+    return MISSING if value is None else f"{value:,.0f}{', too much' if value > CAPACITY / 1e9 else ''}"
 
 
 def _points() -> dict[str, Any]:
