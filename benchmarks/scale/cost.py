@@ -18,8 +18,8 @@ GRADIENT_OPERATIONS = 8
 """An element's operations from H, P and Q to ∂P and ∂Q: three products, max, two bounds, sign, where P > 0."""
 PACKING = 32
 """Lines that come on top along a product's shortest side, in time: operands are packed, and tiles are not full. On two
-cores of an EPYC (Zen 3) three products of 1024² and 16 tokens took 2.9 times what the rate of large ones gives, of 64
-tokens 1.45 times, of 256 tokens 1.0 times; 32 lines make that 3, 1.5 and 1.1."""
+cores of an EPYC (Zen 3) three products of 1024² and 16 tokens took 3.3 times what the rate of large ones gives, of 64
+tokens 1.6 times, of 256 tokens 1.1 times; 32 lines make that 3, 1.5 and 1.1."""
 KEPT = 32 * 2**20
 """Bytes of a tensor up to which a CPU's allocator keeps its memory for the next: above, glibc gives it back, and gets
 it in pages that have to be made, zeroed and mapped one by one."""
