@@ -12,8 +12,8 @@ import torch
 from benchmarks.harness import timing
 from benchmarks.layers import dither_field, dither_table, gradient_operands, layer_step, methods
 from benchmarks.layers.memory import AllocationTrace, peak_temporary_bytes, replay
-from benchmarks.training import doors, merge_drift, model_step
-from dual_lora_kernels import available_backends, set_workspace_bytes
+from benchmarks.training import doors, merge_drift
+from dual_lora_kernels import set_workspace_bytes
 
 # By an implementation of its own, before this one was written; docs/numerics.md, "Rounding", explains the columns.
 MEASURED = {  # rms of ΔW → gain (nearest, two products), SNR in dB (two products, dithered)
@@ -140,21 +140,6 @@ def test_ratios_compare_within_a_round() -> None:
     seconds = {"floor": [1.0, 10.0, 2.0], "own": [2.0, 20.0, 4.0]}  # the second round was ten times slower
     assert timing.ratios(seconds, "own", "floor") == timing.Quartiles(2.0, 2.0, 2.0)
     assert timing.quartiles([3.0]) == timing.Quartiles(3.0, 3.0, 3.0)
-
-
-def test_model_step_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every method trains, beside a busy process, and shares of a step's time sum up to it."""
-    threads = torch.get_num_threads()
-    arguments = (
-        f"--hidden 64 --layers 1 --sequence 8 --batch 2 --rounds 3 --busy 1 --threads {threads} --out {tmp_path}"
-    )
-    model_step.main(arguments.split())
-    assert "beside 1 busy process" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "cpu_model_step_fp32_h64_busy.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == ["frozen", *model_step.METHODS]
-    for row in rows:
-        assert sum(row["shares"].values()) == pytest.approx(1)
-        assert (row["shares"]["kernels"] > 0) == (row["method"] == "dual_lora" and "native" in available_backends())
 
 
 def test_dual_lora_never_allocates_the_weight() -> None:
