@@ -11,14 +11,12 @@ method, after a step of warm-up; all methods' models share the processes that ar
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +34,13 @@ from dual_lora_kernels.sharding import local_block
 
 from ..harness import report
 from ..harness.environment import environment, load_average, sentence
-from ..harness.resident_memory import resident_growth
+from ..harness.resident_memory import resident_growth, return_pages_at_once
 from ..harness.timing import Quartiles, interleaved, quartiles, ratios
 from ..layers.layer_step import MEBIBYTE
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import ALPHA
-from ..training.model_step import VOCABULARY, base_model
-from ..training.model_step import Settings as ModelSettings
+from ..models.base import base_model
+from ..models.case import ModelCase
 
 STEM = "fsdp_memory"
 LORA, LORA_BF16, DUAL_LORA = "lora", "lora_bf16", "dual_lora"
@@ -52,10 +50,7 @@ HEADINGS = (
 )  # fmt: skip
 WORKERS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore::FutureWarning"}
 """Variables of the measured processes; the warnings are transformers' about names that PEFT uses."""
-PRELOADED = ["benchmarks.training.model_step", "dual_lora_kernels", "peft", "torch.distributed.fsdp"]
-MMAP_THRESHOLD, MMAP_BYTES = -3, 65536
-"""glibc's M_MMAP_THRESHOLD, and a value at which a released tensor's pages go back at once, so that the resident
-size follows what is alive."""
+PRELOADED = ["benchmarks.models.base", "dual_lora_kernels", "peft", "torch.distributed.fsdp"]
 NOTES = (
     "shards: parameters that one process keeps, base and factors. peak: most bytes alive at once that PyTorch's "
     "allocator handed out in a step, above what was there before it; the gathered blocks are among them. resident: "
@@ -108,17 +103,17 @@ class Row:
         return None if None in values else max(values)
 
 
-def sharded(settings: ModelSettings, method: str, checkpointing: bool) -> nn.Module:
+def sharded(case: ModelCase, method: str, checkpointing: bool) -> nn.Module:
     """The adapted model, adapted first and then sharded, in training mode."""
-    base = base_model(settings)
+    base = base_model(case)
     blocks: Any = base.model.layers
     model: nn.Module = base
     if method == DUAL_LORA:
-        model = apply_dual_lora(base, DualLoraConfig(r1=settings.rank, r2=settings.rank, alpha=ALPHA))
+        model = apply_dual_lora(base, DualLoraConfig(r1=case.rank, r2=case.rank, alpha=ALPHA))
     else:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=2 * settings.rank, lora_alpha=ALPHA, target_modules="all-linear")
+        config = LoraConfig(r=2 * case.rank, lora_alpha=ALPHA, target_modules="all-linear")
         model = get_peft_model(base, config, autocast_adapter_dtype=method != LORA_BF16)
     if checkpointing:  # after get_peft_model, which would make the embeddings' output require a gradient
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -128,10 +123,10 @@ def sharded(settings: ModelSettings, method: str, checkpointing: bool) -> nn.Mod
     return model.train()
 
 
-def training_step(model: nn.Module, settings: ModelSettings) -> Callable[[], None]:
+def training_step(model: nn.Module, case: ModelCase) -> Callable[[], None]:
     """Forward, backward, AdamW, zeroing; ends when all processes have ended."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(VOCABULARY, (settings.batch, settings.sequence), generator=generator)
+    tokens = torch.randint(case.shape.vocabulary, (case.batch, case.sequence), generator=generator)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
@@ -143,12 +138,11 @@ def training_step(model: nn.Module, settings: ModelSettings) -> Callable[[], Non
     return step
 
 
-def measure_memory(settings: ModelSettings, method: str, checkpointing: bool) -> dict[str, Any]:
+def measure_memory(case: ModelCase, method: str, checkpointing: bool) -> dict[str, Any]:
     """One process's part: its `Memory`, as a dictionary."""
-    with suppress(AttributeError):  # before the first tensor: what is in the heap stays there
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, MMAP_BYTES)
-    model = sharded(settings, method, checkpointing)
-    step = training_step(model, settings)
+    return_pages_at_once()
+    model = sharded(case, method, checkpointing)
+    step = training_step(model, case)
     step()  # makes the optimiser's state and FSDP's
     resident = resident_growth(step)
     trace = peak_temporary_bytes(step)
@@ -158,52 +152,54 @@ def measure_memory(settings: ModelSettings, method: str, checkpointing: bool) ->
     return dataclasses.asdict(Memory(shards, trainable, trace.peak, trace.largest, resident))
 
 
-def measure_time(settings: ModelSettings, checkpointing: bool) -> dict[str, list[float]]:
+def measure_time(case: ModelCase, rounds: int, checkpointing: bool) -> dict[str, list[float]]:
     """One process's part: seconds of each round by method."""
     steps: dict[str, Callable[[], object]] = {
-        method: training_step(sharded(settings, method, checkpointing), settings) for method in settings.methods
+        method: training_step(sharded(case, method, checkpointing), case) for method in LABELS
     }
-    return interleaved(steps, rounds=settings.rounds, warmup=1, device=torch.device("cpu"), show=False)
+    return interleaved(steps, rounds=rounds, warmup=1, device=torch.device("cpu"), show=False)
 
 
-def in_processes(count: int, case: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``case(*args)``, a function of this module, returns in each of `count` fresh processes joined by gloo."""
+def in_processes(count: int, part: Callable[..., Any], *args: Any) -> list[Any]:
+    """What ``part(*args)``, a function of this module, returns in each of `count` fresh processes joined by gloo."""
     with tempfile.TemporaryDirectory(prefix="fsdp-") as folder:
         # Forked from a server that has imported what takes ten seconds to import, and has done nothing else.
         multiprocessing.set_forkserver_preload(PRELOADED)
         start = multiprocessing.start_processes  # type: ignore[attr-defined]
-        start(_work, (count, folder, case, args), count, start_method="forkserver")
+        start(_work, (count, folder, part, args), count, start_method="forkserver")
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def _work(rank: int, count: int, folder: str, case: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(rank: int, count: int, folder: str, part: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("dual_lora_kernels").setLevel("WARNING")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-    result = case(*args)
+    result = part(*args)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(settings: ModelSettings, layouts: Sequence[Layout], console: Console | None = None) -> Iterator[list[Row]]:
+def measure(
+    case: ModelCase, layouts: Sequence[Layout], rounds: int, console: Console | None = None
+) -> Iterator[list[Row]]:
     """Every method, layout by layout."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(layouts) * (len(settings.methods) + 1))
+        task = progress.add_task("", total=len(layouts) * (len(LABELS) + 1))
 
-        def run(what: str, layout: Layout, case: Callable[..., Any], *args: Any) -> list[Any]:
+        def run(what: str, layout: Layout, part: Callable[..., Any], *args: Any) -> list[Any]:
             progress.update(task, description=f"{layout.label}: {what}")
-            results = in_processes(layout.processes, case, *args, layout.checkpointing)
+            results = in_processes(layout.processes, part, *args, layout.checkpointing)
             progress.advance(task)
             return results
 
         for layout in layouts:
             memory = {
-                method: [Memory(**each) for each in run(LABELS[method], layout, measure_memory, settings, method)]
-                for method in settings.methods
+                method: [Memory(**each) for each in run(LABELS[method], layout, measure_memory, case, method)]
+                for method in LABELS
             }
-            seconds = run("time", layout, measure_time, settings)[0]
+            seconds = run("time", layout, measure_time, case, rounds)[0]
             times = {method: quartiles([value * 1e3 for value in own]) for method, own in seconds.items()}
             yield [
                 Row(layout, method, own, times[method], ratios(seconds, method, LORA)) for method, own in memory.items()
@@ -227,16 +223,16 @@ def cells(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
         )  # fmt: skip
 
 
-def write(folder: Path, settings: ModelSettings, about: dict[str, Any], rows: Sequence[Row]) -> None:
+def write(folder: Path, case: ModelCase, rounds: int, about: dict[str, Any], rows: Sequence[Row]) -> None:
     """The JSON and the Markdown of what has been measured so far."""
-    title = f"FSDP2, {settings.title.partition(', ')[2]}".replace("tokens", "tokens a process")
+    title = f"FSDP2: {case.title}".replace("tokens", "tokens a process")
     load = load_average()
     document: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings), "workspace_bytes": workspace_bytes(), "environment": about,
+        "settings": dataclasses.asdict(case), "workspace_bytes": workspace_bytes(), "environment": about,
         "load_average_after": load, "rows": [dataclasses.asdict(row) for row in rows],
     }  # fmt: skip
     notes = (*NOTES, f"The workspace, by which Dual LoRA may exceed LoRA: {workspace_bytes() / MEBIBYTE:g} MiB.")
-    about_run = f"{settings.rounds} rounds after one of warm-up; load average {load} at the end; {sentence(about)}"
+    about_run = f"{rounds} rounds after one of warm-up; load average {load} at the end; {sentence(about)}"
     table = report.markdown_table(HEADINGS, list(cells(rows)))
     report.write(folder, STEM, document, [f"# {title}", table, "\n".join(f"- {note}" for note in notes), about_run])
 
@@ -257,16 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.environ |= WORKERS
-    settings = ModelSettings(
-        options.hidden, options.layers, options.sequence, options.batch, "bf16", options.rank, options.rounds,
-        tuple(LABELS), busy=0,
-    )  # fmt: skip
+    case = ModelCase(f"llama-h{options.hidden}", "bf16", options.batch, options.sequence, options.layers, options.rank)
     about, console = environment(torch.device("cpu")), Console()
     layouts = [Layout(count, on) for count in options.processes for on in (False, True)]
     rows: list[Row] = []
-    for done in measure(settings, layouts, console):
+    for done in measure(case, layouts, options.rounds, console):
         rows += done
-        write(options.out, settings, about, rows)  # each time: what an interrupted run has measured is kept
+        write(options.out, case, options.rounds, about, rows)  # each time: what an interrupted run has measured is kept
     console.print(report.markdown_table(HEADINGS, list(cells(rows))), soft_wrap=True, markup=False, highlight=False)
     console.print(f"written to {options.out}: {STEM}.json, .md")
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from torch import nn
 
 from ..harness import report
-from ..harness.environment import DTYPE_NAMES, environment, load_average, sentence
+from ..harness.environment import environment, load_average, sentence
 from ..harness.timing import Quartiles, interleaved, quartiles, ratios
 from ..layers.layer_step import MEBIBYTE
 from ..layers.memory import peak_temporary_bytes
-from ..training.model_step import VOCABULARY, base_model
-from ..training.model_step import Settings as ModelSettings
+from ..models.base import base_model, replace_linears
+from ..models.case import ModelCase
+from ..models.steps import batch
 from .bases import LABELS, METHODS, nf4_linear
 
 HEADINGS = ("method", "peak MiB", "largest MiB", "median ms", "× PEFT QLoRA", "trainable")
@@ -45,18 +46,15 @@ class Row:
     trainable: int
 
 
-def adapted(settings: ModelSettings, method: str) -> nn.Module:
+def adapted(case: ModelCase, method: str) -> nn.Module:
     """The frozen model with every linear layer but the head in NF4 and adapted; checkpointing of activations off."""
-    model: nn.Module = base_model(settings)
-    dtype = DTYPE_NAMES[settings.dtype]
-    blocks = model.get_submodule("model")
-    for name, module in list(blocks.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, last = name.rpartition(".")
-            layer = METHODS[method](
-                nf4_linear(module.out_features, module.in_features, dtype), settings.rank, settings.rank
-            )
-            setattr(blocks.get_submodule(parent), last, layer)
+    model: nn.Module = base_model(case)
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        quantised = nf4_linear(linear.out_features, linear.in_features, case.torch_dtype)
+        return METHODS[method](quantised, case.rank, case.rank)
+
+    replace_linears(model, layer)
     return model.train()
 
 
@@ -73,14 +71,14 @@ def training_step(model: nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def measure(settings: ModelSettings, console: Console | None = None) -> list[Row]:
+def measure(case: ModelCase, rounds: int, console: Console | None = None) -> list[Row]:
     """Every method."""
     torch.manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (settings.batch, settings.sequence))
-    models = {method: adapted(settings, method) for method in settings.methods}
+    tokens = batch(case)
+    models = {method: adapted(case, method) for method in METHODS}
     gc.collect()
     steps: dict[str, Callable[[], object]] = {name: training_step(model, tokens) for name, model in models.items()}
-    seconds = interleaved(steps, rounds=settings.rounds, warmup=1, device=torch.device("cpu"), console=console)
+    seconds = interleaved(steps, rounds=rounds, warmup=1, device=torch.device("cpu"), console=console)
     rows = []
     for name, step in steps.items():
         trace = peak_temporary_bytes(step)
@@ -115,17 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    settings = ModelSettings(
-        options.hidden, options.layers, options.sequence, options.batch, options.dtype, options.rank, options.rounds,
-        tuple(METHODS), busy=0,
-    )  # fmt: skip
+    case = ModelCase(
+        f"llama-h{options.hidden}", options.dtype, options.batch, options.sequence, options.layers, options.rank
+    )
     about, console = environment(torch.device("cpu")), Console()
-    rows = measure(settings, console)
-    title = f"NF4 Llama, {settings.title.partition(', ')[2]}"
+    rows = measure(case, options.rounds, console)
+    title = f"NF4: {case.title}"
     report.print_table(title, HEADINGS, cells(rows), console)
     load = load_average()
     document: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings), "environment": about, "load_average_after": load,
+        "settings": dataclasses.asdict(case), "environment": about, "load_average_after": load,
         "rows": [dataclasses.asdict(row) for row in rows],
     }  # fmt: skip
     stem = f"cpu_nf4_model_{options.dtype}_h{options.hidden}"
