@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from rich.console import Console
 
-from ..harness.environment import environment, load_average
+from dual_lora_kernels.products import product_dtype
+
+from ..harness.environment import DTYPE_NAMES, environment, load_average
 from ..harness.results import Case, Results
 from ..layers.methods import LABELS
 from ..models.case import NF4, ModelCase
@@ -49,7 +52,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", type=dtype_name, default="fp32", help="of the frozen weights (%(default)s)")
     parser.add_argument("--layers", type=count, help="blocks (the model's own number)")
     parser.add_argument("--batch", type=count, help="sequences of a step (4; of the real models on a CPU 1)")
-    parser.add_argument("--sequence", type=count, help="tokens of a sequence (256; of the real models on a CPU 32)")
+    parser.add_argument(
+        "--sequence",
+        type=count,
+        help="tokens of each (256; of the real models on a CPU 32; 4 in 16 bits without units)",
+    )
     parser.add_argument("--rank", type=count, default=16, help="r1 = r2; other methods' ranks follow (%(default)s)")
     parser.add_argument("--new-tokens", type=count, default=32, help="that are generated (%(default)s)")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="all; of the real models on a CPU train alone")
@@ -79,7 +86,7 @@ def _cases(options: argparse.Namespace, console: Console) -> Iterator[Case]:
         model="llama-h128" if options.quick else options.model,
         dtype=options.dtype,
         batch=options.batch or (1 if slow else 4),
-        sequence=options.sequence or (32 if slow or options.quick else 256),
+        sequence=options.sequence or _sequence(options, slow),
         layers=options.layers or (2 if options.quick else None),
         rank=options.rank,
         device=str(options.device),
@@ -90,23 +97,37 @@ def _cases(options: argparse.Namespace, console: Console) -> Iterator[Case]:
         "nf4": (replace(case, base=NF4), ON_NF4),
     }
     wanted = options.cases or (("train",) if slow else CASES)
-    for name, (own, subjects) in trained.items():
+    for name, (own, default) in trained.items():
         if name in wanted:
-            yield train(own, options.subjects or subjects, options.rounds, console, memory=not options.no_memory)
+            subjects = _chosen(options.subjects, ON_NF4 if name == "nf4" else TRAINED, default)
+            yield train(own, subjects, options.rounds, console, memory=not options.no_memory)
     if "generate" in wanted:
         prompt = replace(case, batch=1, sequence=min(case.sequence, PROMPT))
-        yield generate(prompt, options.subjects or GENERATING, options.new_tokens, options.rounds, console)
+        subjects = _chosen(options.subjects, GENERATING, GENERATING)
+        yield generate(prompt, subjects, options.new_tokens, options.rounds, console)
+
+
+def _sequence(options: argparse.Namespace, slow: bool) -> int:
+    """Tokens of a sequence unless the user says."""
+    dtype = DTYPE_NAMES[options.dtype]
+    if product_dtype(dtype, options.device.type) != dtype:
+        # Without units for bf16, PyTorch multiplies G W0 at 0.13 to 0.25 GFlop/s on two Zen 3 cores: the 1B model's
+        # step takes about 10 s a token.
+        return 4
+    return 32 if slow or options.quick else 256
+
+
+def _chosen(wanted: Sequence[str] | None, possible: Sequence[str], default: Sequence[str]) -> Sequence[str]:
+    """Of the subjects that the user names, those that a case has."""
+    return default if wanted is None else [name for name in wanted if name in possible]
 
 
 def table(case: Case) -> tuple[str, list[str], list[list[str]]]:
     """Title, headings and cells of one case."""
-    s = case.settings
-    what = f"Generation of {s['new_tokens']} tokens" if s["kind"] == "generate" else "Training step"
-    base, checkpointed = " in NF4" if s["base"] == NF4 else "", ", checkpointed" if s["checkpointing"] else ""
-    title = (
-        f"{what}, {s['model']}, {s['layers']} layers, {s['dtype']}{base}, {s['batch']} × {s['sequence']} tokens, "
-        f"r1=r2={s['rank']}{checkpointed}"
-    )
+    settings: dict[str, Any] = dict(case.settings)
+    model = ModelCase(**{field.name: settings[field.name] for field in fields(ModelCase) if field.name in settings})
+    what = f"Generation of {settings['new_tokens']} tokens" if settings["kind"] == "generate" else "Training step"
+    title = f"{what}: {model.title}"
     left_out = "".join(f"\n{name} left out: {m.left_out}" for name, m in case.subjects.items() if m.left_out)
     memory = [name for name in _MEMORY if any(name in subject.bytes for subject in case.subjects.values())]
     headings = ["method", "median ms", "tokens/s", f"× {case.reference}", "trainable"]
