@@ -17,7 +17,7 @@ SANITIZED := DUAL_LORA_SANITIZE=address,undefined DUAL_LORA_NATIVE=require
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 REPORTS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTEST_ADDOPTS=--capture=sys
 
-.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels docs bench gpu-session ratios clean
+.PHONY: help demo test deepspeed test-eager test-triton test-few-machines test-machines sanitize cross lint kernels docs bench publish gpu-session ratios clean
 
 help:
 	@echo "make demo   fine-tune a small Llama with Dual LoRA, LoRA, DoRA and fully; compare, save, reload, merge, plot"
@@ -30,7 +30,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   build the documentation site into build/site; any warning is an error"
 	@echo "make kernels  compile every kernel for every chip; fail on spills, too much shared memory, no matrix unit"
-	@echo "make bench  layer step against the matrix products and PEFT's methods, memory, dither table"
+	@echo "make bench  the suite's presets on this machine, half an hour: layers, decoding, merging, growth, a model"
+	@echo "make publish  every results table and picture of README and docs/ from benchmarks/results"
 	@echo "make gpu-session  on a GPU, in 8 minutes: numerics, rooflines, layers, models, into benchmarks/results/machines"
 	@echo "make ratios a layer's step and decoding against bounds on ratios, in half a minute, beside whatever else runs"
 	@echo "make clean  remove the virtual environment and build products"
@@ -107,9 +108,10 @@ gpu-session: $(VENV)/.installed
 	$(PYTHON) -m benchmarks gpu
 
 bench: $(VENV)/.installed
-	$(PYTHON) -m benchmarks.layers.layer_step
-	$(PYTHON) -m benchmarks.layers.cpu_backend
-	$(PYTHON) -m benchmarks.layers.dither_table
+	for preset in layer decode merge scale model; do $(PYTHON) -m benchmarks $$preset || exit 1; done
+
+publish: $(VENV)/.installed
+	$(PYTHON) -m benchmarks.publish
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis dual_lora_kernels/_native*
