@@ -13,12 +13,12 @@ bounds; it fails when the same ratio was above its bound in ``BATCHES`` batches 
 the median that ``results/ratio_check.json`` has from an idle machine.
 
 Recorded on two cores of an AMD EPYC (Zen 3), 0 of 243 checks failed without a reason (at most 1.2 %, the upper 95 %
-limit), and one took a second batch: 0 of 88 on a machine that was left alone, 0 of 52 beside one busy process (AVX2
-paths), 0 of 103 beside two. With the ratios of one case multiplied by 1.5, every check failed: under AVX2 paths 48 of
-48 for each case (missed at most 6 %), under the oldest 31 of 31 (at most 9 %); with a delay in the process itself 5 of
-5 each. Not measured: how far Intel's processors
-are from these medians on the same paths. One that is 1.2 × above them has still 8 % to the bounds; one that is as far
-below sees a slowdown from 1.6 × on.
+limit), and one took a second batch: 0 of 88 while nobody else measured or tested (load averages from 2.5 to 4.2 all the
+same), 0 of 52 beside one busy process (AVX2 paths alone), 0 of 103 beside two. With the ratios of one case multiplied
+by 1.5 every check failed, under AVX2 paths 48 of 48 for each case (missed at most 6 %), under the oldest 31 of 31 (at
+most 9 %); with a delay in the process itself 5 of 5 each (at most 45 %). Not measured: how far Intel's processors are
+from these medians on the same paths. One that is 1.2 × above them still has 8 % to the bounds; one that is as far below
+sees a slowdown from 1.6 × on.
 """
 
 from __future__ import annotations
