@@ -10,15 +10,14 @@ which all x86 processors take the same paths (`harness.machines`).
 
 A batch is the median ratio of each case over a few rounds. A check passes with the first batch that is within all
 bounds; it fails when the same ratio was above its bound in ``BATCHES`` batches in a row. A bound is ``ALLOWED`` times
-the median that ``results/ratio_check.json`` has from an idle machine.
+the median that ``results/ratio_check.json`` has from an idle machine, and ``ALLOWED_ELSEWHERE`` times on a processor
+that the record is not from.
 
 Recorded on two cores of an AMD EPYC (Zen 3), 0 of 243 checks failed without a reason (at most 1.2 %, the upper 95 %
 limit), and one took a second batch: 0 of 88 while nobody else measured or tested (load averages from 2.5 to 4.2 all the
 same), 0 of 52 beside one busy process (AVX2 paths alone), 0 of 103 beside two. With the ratios of one case multiplied
 by 1.5 every check failed, under AVX2 paths 48 of 48 for each case (missed at most 6 %), under the oldest 31 of 31 (at
-most 9 %); with a delay in the process itself 5 of 5 each (at most 45 %). Not measured: how far Intel's processors are
-from these medians on the same paths. One that is 1.2 × above them still has 8 % to the bounds; one that is as far below
-sees a slowdown from 1.6 × on.
+most 9 %); with a delay in the process itself 5 of 5 each (at most 45 %). No other processor has been recorded.
 """
 
 from __future__ import annotations
@@ -41,7 +40,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from .harness.environment import environment, load_average
+from dual_lora_kernels.doctor import processor
+
+from .harness.environment import environment, instruction_set, load_average
 from .harness.machines import Machine, native_kernels
 from .harness.report import RESULTS, print_table, write_text
 from .harness.sequential import Batch, decide, decisions, upper_limit
@@ -57,7 +58,10 @@ CASES = {"avx2": {CoreCase("step", 1024, 256): 3, **_SMALL}, "oldest": _SMALL}
 REFERENCES = (FLOOR, "naive", "dora")
 NATIVE, EAGER = "dual_lora", "dual_lora_eager"
 ALLOWED = 1.3
-"""Nearer to the 1.5 × that is to be seen than to 1: processors that take the same paths still differ."""
+"""On the recorded processor: nearer to the 1.5 × that is to be seen than to 1."""
+ALLOWED_ELSEWHERE = 1.7
+"""Paths are the same on all x86 processors, but caches, clocks and ports are not: an Intel and an AMD processor
+differed by up to a quarter in ratios of larger layers (docs/benchmarks.md). Slowdowns below 2 × may pass there."""
 BATCHES = 3
 SLOWDOWN = 1.5
 """That is to be seen."""
@@ -167,9 +171,9 @@ def medians(series: Sequence[Mapping[str, Any]], libraries: str) -> dict[str, fl
     return {name: statistics.median(values) for each in found for name, values in each["ratios"].items()}
 
 
-def bounds(series: Sequence[Mapping[str, Any]], libraries: str) -> dict[str, float]:
+def bounds(series: Sequence[Mapping[str, Any]], libraries: str, allowed: float = ALLOWED) -> dict[str, float]:
     """What each ratio must not be above."""
-    return {name: ALLOWED * value for name, value in medians(series, libraries).items()}
+    return {name: allowed * value for name, value in medians(series, libraries).items()}
 
 
 def rates(series: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -216,6 +220,12 @@ def _recorded() -> list[dict[str, Any]]:
     return series
 
 
+def is_recorded_processor() -> bool:
+    """Whether the record is from a processor like this one."""
+    about: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))["environment"]
+    return (about["cpu"], about["instruction_set"]) == (processor(), instruction_set())
+
+
 def record(machine: Machine, number: int, busy: int, slowdown: float, console: Console) -> None:
     """Measure `number` batches beside `busy` processes that multiply matrices, and add them to the record."""
     settings = {"libraries": machine.libraries, "busy": busy, "slowdown": slowdown}
@@ -254,12 +264,16 @@ def check(console: Console) -> bool:
     here = machines()
     if not here:
         console.print(f"not judged: bounds are known for x86 processors, and this one is {platform.machine()}")
+    allowed = ALLOWED if is_recorded_processor() else ALLOWED_ELSEWHERE
     for machine in here:
-        limits = bounds(series, machine.libraries)
+        limits = bounds(series, machine.libraries, allowed)
         with batches_of(machine) as batches:
             decision = decide(batches, limits, BATCHES)
         verdict = "passed" if decision.passed else "FAILED"
-        console.print(f"{machine}: {verdict} after {decision.batches} of {BATCHES} batches")
+        console.print(
+            f"{machine}: {verdict} after {decision.batches} of {BATCHES} batches; {allowed:g} × the recorded medians "
+            "are allowed on this processor"
+        )
         for name, value in decision.above.items():
             console.print(f"  {name}: {value:.2f} or more in each, at most {limits[name]:.2f} is allowed")
         passed = passed and decision.passed
