@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.harness.results import Measurement
 from benchmarks.layers.methods import LABELS
-from benchmarks.models import checks, memory, shapes, subjects
+from benchmarks.models import checks, measure, memory, shapes, subjects
 from benchmarks.models.base import adapted_linears, base_model, random_model, twin
 from benchmarks.models.case import ModelCase
 from benchmarks.models.floor import FloorLinear
@@ -201,3 +201,43 @@ def test_the_preset_refuses_an_unknown_model(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         parser.parse_args(["--model", "llama-2"])
     assert "argument --model: model: got 'llama-2', expected llama-hN" in capsys.readouterr().err
+
+
+def test_memory_that_cannot_be_measured_costs_no_times(monkeypatch: pytest.MonkeyPatch, silent: Console) -> None:
+    def refuse(*_: object) -> dict[str, int]:
+        raise RuntimeError("CUDA out of memory\nwith a long story")
+
+    monkeypatch.setattr(measure, "step_memory_apart", refuse)
+    remarks: list[str] = []
+    case = train(SMALL, ("frozen",), 1, silent, remark=remarks.append)
+    assert case.timed() == ["floor", "frozen"]
+    assert case.subjects["frozen"].left_out is None
+    assert remarks[1] == "The memory of frozen was not measured: RuntimeError: CUDA out of memory"
+
+
+def test_a_subject_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch, silent: Console) -> None:
+    def broken(base: nn.Module, subject: str, *rest: object) -> nn.Module:
+        if subject == "lora":
+            raise RuntimeError("no compiler\nand a traceback")
+        return subjects.subject_model(base, subject, *rest)
+
+    monkeypatch.setattr(checks, "subject_model", broken)
+    case = train(SMALL, ("frozen", "lora"), 1, silent, memory=False)
+    assert case.timed() == ["floor", "frozen"]
+    assert case.subjects["lora"].left_out == "RuntimeError: no compiler"
+
+
+def test_subjects_that_no_case_has_are_refused(silent: Console) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--quick", action="store_true")
+    preset.add(parser)
+    chosen = "--quick --device cpu --cases train --subjects lora dual_lora_merged"
+    options = parser.parse_args(chosen.split())
+    with pytest.raises(ValueError, match="--subjects: got dual_lora_merged, which the cases train do not have"):
+        preset.run(options, silent)
+
+
+def test_memory_is_not_measured_with_another_installation() -> None:
+    with pytest.raises(RuntimeError, match="another dual_lora_kernels"):
+        memory._like_here(SMALL, "frozen", "elsewhere/dual_lora_kernels/__init__.py")

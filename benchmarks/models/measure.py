@@ -35,8 +35,18 @@ class _Run:
     bytes: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def train(case: ModelCase, subjects: Sequence[str], rounds: int, console: Console, memory: bool = True) -> Case:
-    """Training steps of `subjects` and of the model's floor, which ratios are to."""
+def train(
+    case: ModelCase,
+    subjects: Sequence[str],
+    rounds: int,
+    console: Console,
+    memory: bool = True,
+    remark: Callable[[str], object] | None = None,
+) -> Case:
+    """Training steps of `subjects` and of the model's floor, which ratios are to.
+
+    `remark` is told whose memory could not be measured; without it the console is.
+    """
     subjects = list(dict.fromkeys((FLOOR, *subjects)))
     tokens = batch(case)
     run = _time(case, subjects, lambda model: training_step(model, tokens), rounds, console, profiled=True)
@@ -46,8 +56,11 @@ def train(case: ModelCase, subjects: Sequence[str], rounds: int, console: Consol
         for subject in track(list(run.seconds), "memory", console=console, transient=True):
             try:
                 run.bytes[subject] = step_memory_apart(case, subject)
-            except BrokenProcessPool:
-                run.left_out[subject] = "the process in which its memory was to be measured was killed"
+            except (BrokenProcessPool, RuntimeError) as error:  # killed by the system, or refused by PyTorch
+                first_line = str(error).partition("\n")[0]
+                (remark or console.print)(
+                    f"The memory of {subject} was not measured: {type(error).__name__}: {first_line}"
+                )
     return _case(case, run, subjects, FLOOR, kind="train")
 
 
@@ -78,18 +91,26 @@ def _time(
         with console.status("building the models"):
             functions = _functions(case, [name for name in subjects if name not in left_out], function, run)
         run.seconds = interleaved(functions, rounds=rounds, warmup=1, device=device, console=console)
-        for name, each in functions.items():
-            found = shares(each) if profiled and device.type == "cpu" else {}
-            run.counts[name] = {f"share_{part}": round(value, 4) for part, value in found.items()}
+        run.counts = {name: _shares(name, step, device) if profiled else {} for name, step in functions.items()}
     functions.clear()
     gc.collect()  # models have cycles, and processes for the memory need room
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return run
+
+
+def _shares(subject: str, step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """None on a GPU, nor of the eager backend, whose own threads the profiler does not see."""
+    if device.type != "cpu" or subject == "dual_lora_eager":
+        return {}
+    return {f"share_{part}": round(value, 4) for part, value in shares(step).items()}
 
 
 def _functions(
     case: ModelCase, subjects: Sequence[str], function: Callable[[Any], Callable[[], object]], run: _Run
 ) -> dict[str, Callable[[], object]]:
-    room, base, functions = Room(case), base_model(case), {}
+    base = base_model(case)
+    room, functions = Room(case), {}
     for subject in subjects:
         if reason := room.why_not(subject):
             run.left_out[subject] = reason

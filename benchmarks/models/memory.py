@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import dual_lora_kernels
+
 from ..harness.resident_memory import resident_growth, return_pages_at_once
 from ..layers.memory import peak_temporary_bytes
 from .base import base_model
@@ -64,11 +66,19 @@ def step_memory_apart(case: ModelCase, subject: str) -> dict[str, int]:
 
     Raises:
         BrokenProcessPool: the process died, of memory perhaps.
+        RuntimeError: it imported another installation of this package, or PyTorch had no memory left.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)  # what takes ten seconds to import is imported once
     with ProcessPoolExecutor(1, context, initializer=_begin, initargs=(torch.get_num_threads(),)) as executor:
-        return executor.submit(step_memory, case, subject).result()
+        return executor.submit(_like_here, case, subject, dual_lora_kernels.__file__).result()
+
+
+def _like_here(case: ModelCase, subject: str, package: str) -> dict[str, int]:
+    """`step_memory`, by the package that the calling process measures: an installed one, or a source tree's."""
+    if dual_lora_kernels.__file__ != package:
+        raise RuntimeError("the process imported another dual_lora_kernels than this one has")
+    return step_memory(case, subject)
 
 
 def _begin(threads: int) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dual_lora_kernels.products import product_dtype
 
-from ..harness.environment import DTYPE_NAMES, environment, load_average
+from ..harness.environment import DTYPE_NAMES, environment, installed
 from ..harness.results import Case, Results
 from ..layers.methods import LABELS
 from ..models.case import NF4, ModelCase
@@ -46,8 +46,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The preset's options."""
     parser.set_defaults(rounds=5)
     parser.add_argument(
-        "--model", type=_model, default="llama-h1024",
-        help=f"llama-hN of hidden size N, or {', '.join(REAL)} (%(default)s)",
+        "--model", type=_model,
+        help=f"llama-hN of hidden size N, or {', '.join(REAL)} (llama-h1024; with --quick llama-h128)",
     )  # fmt: skip
     parser.add_argument("--dtype", type=dtype_name, default="fp32", help="of the frozen weights (%(default)s)")
     parser.add_argument("--layers", type=count, help="blocks (the model's own number)")
@@ -76,14 +76,18 @@ def _model(text: str) -> str:
 def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
     """Measure the cases that were asked for."""
     about = environment(options.device)
-    return (Results("model", "", about, tuple(_cases(options, console)), load_average(), notes=NOTES),)
+    remarks: list[str] = []
+    cases = tuple(_cases(options, console, remarks))
+    return (Results("model", "", about, cases, notes=(*NOTES, *remarks)),)
 
 
-def _cases(options: argparse.Namespace, console: Console) -> Iterator[Case]:
+def _cases(options: argparse.Namespace, console: Console, remarks: list[str]) -> Iterator[Case]:
+    """The cases that were asked for; what could not be measured of them becomes a remark."""
+    options.model = options.model or ("llama-h128" if options.quick else "llama-h1024")
     slow = options.model in REAL and options.device.type == "cpu"
     few = QUICK if options.quick else FEW
     case = ModelCase(
-        model="llama-h128" if options.quick else options.model,
+        model=options.model,
         dtype=options.dtype,
         batch=options.batch or (1 if slow else 4),
         sequence=options.sequence or _sequence(options, slow),
@@ -97,10 +101,14 @@ def _cases(options: argparse.Namespace, console: Console) -> Iterator[Case]:
         "nf4": (replace(case, base=NF4), ON_NF4),
     }
     wanted = options.cases or (("train",) if slow else CASES)
+    _refuse_strangers(options.subjects, wanted)
+    if "nf4" in wanted and installed("bitsandbytes") is None:
+        remarks.append("The NF4 base was left out: bitsandbytes is not installed.")
+        wanted = [name for name in wanted if name != "nf4"]
     for name, (own, default) in trained.items():
         if name in wanted:
             subjects = _chosen(options.subjects, ON_NF4 if name == "nf4" else TRAINED, default)
-            yield train(own, subjects, options.rounds, console, memory=not options.no_memory)
+            yield train(own, subjects, options.rounds, console, not options.no_memory, remarks.append)
     if "generate" in wanted:
         prompt = replace(case, batch=1, sequence=min(case.sequence, PROMPT))
         subjects = _chosen(options.subjects, GENERATING, GENERATING)
@@ -115,6 +123,14 @@ def _sequence(options: argparse.Namespace, slow: bool) -> int:
         # step takes about 10 s a token.
         return 4
     return 32 if slow or options.quick else 256
+
+
+def _refuse_strangers(subjects: Sequence[str] | None, cases: Sequence[str]) -> None:
+    """Raise ValueError where none of the cases has a subject that the user names."""
+    known = {"generate": GENERATING, "nf4": ON_NF4}
+    possible = {name for case in cases for name in known.get(case, TRAINED)}
+    if strangers := [name for name in subjects or () if name not in possible]:
+        raise ValueError(f"--subjects: got {', '.join(strangers)}, which the cases {', '.join(cases)} do not have")
 
 
 def _chosen(wanted: Sequence[str] | None, possible: Sequence[str], default: Sequence[str]) -> Sequence[str]:
