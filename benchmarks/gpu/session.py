@@ -39,6 +39,8 @@ from . import numerical_suite, rooflines, session_summary, whole_models
 from .numerical_suite import without_paths
 from .rooflines import Ceilings
 
+FOLDER = "session"
+"""Of the session's own files, in the machine's: only documents of the suite lie in that itself."""
 STEM = "summary"
 _SUMMARY_SECONDS = 15.0
 """Kept for the plots and the last summary."""

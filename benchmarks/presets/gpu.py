@@ -13,7 +13,7 @@ from dual_lora_kernels import set_default_backend
 from dual_lora_kernels.backends.triton.architecture import architecture
 
 from ..gpu import document, session_summary
-from ..gpu.session import TINY, Session, Sizes, hold
+from ..gpu.session import FOLDER, TINY, Session, Sizes, hold
 from ..harness.environment import environment
 from ..harness.results import MACHINES, Case, Results
 from . import model
@@ -50,7 +50,7 @@ def _minutes(text: str) -> float:
 
 
 def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
-    """Hold the session; ``summary.json``, ``summary.md`` and plots go beside the document.
+    """Hold the session; ``summary.json``, ``summary.md`` and plots go into ``session`` beside the document.
 
     Raises:
         ValueError: there is no GPU, or with ``--tiny`` no interpreter, or times that mean nothing would be published.
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
     device = _device(options)
     about = environment(device)
     root = options.out or (None if options.quick else MACHINES)
-    folder = None if root is None else root / Results("gpu", "", about, ()).machine
+    folder = None if root is None else root / Results("gpu", "", about, ()).machine / FOLDER
     if options.tiny:
         set_default_backend("triton")  # "auto" leaves the interpreter to tests
     torch.manual_seed(0)
