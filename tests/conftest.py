@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -38,7 +39,12 @@ if "native" not in available_backends():
     collect_ignore += [f"test_{name}.py" for name in NATIVE_ONLY]
 
 if not importlib.util.find_spec("bitsandbytes"):
-    collect_ignore += ["test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py"]
+    collect_ignore += [
+        "test_quantised_libraries.py", "test_quantised_layers.py", "test_peft_quantised.py", "test_bench_models.py",
+    ]  # fmt: skip
+
+if not importlib.util.find_spec("jsonschema"):
+    collect_ignore += ["test_publish.py", *(path.name for path in Path(__file__).parent.glob("test_bench_*.py"))]
 
 if not has_browser():
     collect_ignore += ["test_inspection_browser.py", "test_documentation_browser.py"]
@@ -89,6 +95,8 @@ def pytest_report_header() -> list[str]:
     missing = {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
     present = [f"{name} ({_BACKENDS[name].description()})" for name, reason in missing.items() if reason is None]
     lacking = [] if importlib.util.find_spec("bitsandbytes") else ["no bitsandbytes: its layers' tests are left out"]
+    if not importlib.util.find_spec("jsonschema"):
+        lacking.append("no jsonschema: tests of the benchmark suite's documents are left out")
     if not has_browser():
         lacking.append("no chromium, chromedriver or selenium: tests in a browser are left out")
     if not has_mkdocs():
