@@ -16,6 +16,7 @@ CELL: dict[str, Any] = {
     "kind": "step", "mode": "graph", "rows": 4096, "columns": 14336, "tokens": 4096, "layers_in_turn": 1,
     "seconds": {"floor": [1.0, 2.0, 4.0], "auto": [1.1, 2.2, 4.4], "dora": [2.0, 2.0, 2.0]},
     "predicted_microseconds": {"auto": 9.0, "floor": 8.0}, "left_out": {"fused": "ValueError: too large"},
+    "checked": {"floor": {"output": 1.0}, "auto": {"output": 1.25, "gradient of A": 0.5}},
 }  # fmt: skip
 MODEL = Case(
     {"kind": "train", "dtype": "bf16", "model": "llama-3.2-1b", "batch": 4, "sequence": 1024, "tokens": 4096,
@@ -49,6 +50,7 @@ def test_a_cell_becomes_a_case_with_every_round_and_reason() -> None:
         "floor": (1.0, 2.0, 4.0), "dual_lora": (1.1, 2.2, 4.4), "dora": (2.0, 2.0, 2.0), "dual_lora_fused": (),
     }  # fmt: skip
     assert case.subjects["dual_lora"].counts == {"predicted_microseconds": 9.0}
+    assert case.subjects["dual_lora"].checked == {"output": 1.25, "gradient of A": 0.5}
     assert case.subjects["dual_lora_fused"].left_out == "ValueError: too large"
 
 

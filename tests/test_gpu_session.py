@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from benchmarks import command
-from benchmarks.gpu import document, session_summary, whole_models
-from benchmarks.gpu.session import MEMORY_METHODS, PARTS
+from benchmarks.gpu import document, failed, session_summary, whole_models
+from benchmarks.gpu.session import FOLDER, MEMORY_METHODS, PARTS
 from benchmarks.harness.environment import environment
-from benchmarks.harness.results import Results, read
+from benchmarks.harness.results import Results, every, read
 from benchmarks.harness.timing import Quartiles
 from benchmarks.layers import layer_cells
+from benchmarks.layers.checks import ALLOWED
 from dual_lora_kernels.backends.triton.architecture import INTERPRETED_FAMILY
 from dual_lora_kernels.tuning.budget import Deadline, part_seconds
 from dual_lora_kernels.tuning.kernel_calls import KERNELS
@@ -48,7 +49,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_session_reports_every_part(session: Path) -> None:
-    document = _json(session / "summary.json")
+    document = _json(session / FOLDER / "summary.json")
     parts = document["parts"]
     assert {key: (part["status"], part["reason"]) for key, part in parts.items()} == {
         part.key: ("complete", None) for part in PARTS
@@ -66,6 +67,8 @@ def test_a_session_reports_every_part(session: Path) -> None:
         assert (cell["kind"], cell["mode"], cell["left_out"]) == (kind, "plain", {})
         assert {len(times) for times in cell["seconds"].values()} == {ROUNDS}
         sampled = layer_cells.SAMPLED if kind == "step" else ()
+        assert set(cell["checked"]) == set(cell["seconds"])
+        assert all(cell["checked"].values())
         assert set(cell["to_floor"]) == {*layer_cells.STRATEGIES, *layer_cells.PEERS, *sampled}
     assert [reason.partition(" ")[0] for reason in found["layers"]["left_out"]] == ["graph", "compiled"]
     (model,) = found["models"]["cases"]
@@ -76,7 +79,7 @@ def test_a_session_reports_every_part(session: Path) -> None:
 
 def test_the_document_has_the_same_cases_with_every_round(session: Path) -> None:
     results = read(session / "gpu.json")
-    parts = _json(session / "summary.json")["parts"]
+    parts = _json(session / FOLDER / "summary.json")["parts"]
     cells = parts["layers"]["results"]["cells"]
     assert (results.preset, results.machine) == ("gpu", session.name)
     assert [(case.settings["kind"], case.settings["mode"], case.reference) for case in results.cases[:-1]] == [
@@ -87,6 +90,7 @@ def test_the_document_has_the_same_cases_with_every_round(session: Path) -> None
         assert {names.get(name, name): tuple(times) for name, times in cell["seconds"].items()} == {
             name: measured.seconds for name, measured in case.subjects.items()
         }
+        assert all(0 <= error <= ALLOWED for each in case.subjects.values() for error in each.checked.values())
         median = cell["to_floor"]["auto"]["median"]
         assert case.ratio("dual_lora").median == pytest.approx(median, rel=1e-12)  # divided by the layers in turn
     model = results.cases[-1]
@@ -95,21 +99,52 @@ def test_the_document_has_the_same_cases_with_every_round(session: Path) -> None
 
 
 def test_a_session_writes_few_files_that_can_be_published(session: Path) -> None:
-    assert {path.name for path in session.iterdir()} == {"summary.json", "summary.md", "gpu.json"} | PLOTS
+    assert {path.name for path in session.iterdir()} == {"gpu.json", FOLDER}
+    assert {path.name for path in (session / FOLDER).iterdir()} == {"summary.json", "summary.md"} | PLOTS
     for name in ("summary.json", "summary.md"):
-        text = (session / name).read_text(encoding="utf-8")
+        text = (session / FOLDER / name).read_text(encoding="utf-8")
         assert str(ROOT) not in text
         assert str(session) not in text
         assert f'"{platform.node()}"' not in text
-    text = (session / "summary.md").read_text(encoding="utf-8")
+    text = (session / FOLDER / "summary.md").read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {p.title}" for p in PARTS]
     assert all(f"]({plot})" in text for plot in PLOTS)
 
 
+def test_a_sessions_folder_is_read_as_the_suites_documents(session: Path) -> None:
+    (results,) = every("gpu", session.parent)
+    assert results == read(session / "gpu.json")
+    assert failed.main([str(session.parent)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "said"),
+    [
+        (("complete", "stopped", "not run"), 0, ""),
+        (("complete", "failed", "failed"), 1, "part 1 failed: its reason\npart 2 failed: its reason\n"),
+    ],
+)
+def test_a_failed_part_is_said(
+    statuses: tuple[str, ...], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = tmp_path / "a-gpu" / FOLDER / "summary.json"
+    summary.parent.mkdir(parents=True)
+    parts = {f"part {index}": {"status": each, "reason": "its reason"} for index, each in enumerate(statuses)}
+    summary.write_text(json.dumps({"parts": parts}), encoding="utf-8")
+    assert failed.main([str(tmp_path)]) == status
+    assert capsys.readouterr().out == said
+
+
+def test_a_folder_without_a_session_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        failed.main([str(tmp_path)])
+    assert "with 0 files */session/summary.json, expected one" in capsys.readouterr().err
+
+
 def test_a_signal_leaves_a_valid_summary(tmp_path: Path) -> None:
     """In the numerical suite, the second part, whose own process ends with it."""
-    folder = tmp_path / Results("gpu", "", environment(torch.device("cpu")), ()).machine
-    summary = folder / "summary.json"
+    machine = tmp_path / Results("gpu", "", environment(torch.device("cpu")), ()).machine
+    summary = machine / FOLDER / "summary.json"
     process = subprocess.Popen([*SESSION, str(tmp_path)], cwd=ROOT, env=INTERPRETED)
     try:
         patience = Deadline.after(60)
@@ -128,8 +163,8 @@ def test_a_signal_leaves_a_valid_summary(tmp_path: Path) -> None:
     assert (parts["numerics"]["status"], parts["numerics"]["reason"]) == ("stopped", "stopped by SIGINT")
     assert parts["numerics"]["results"]["complete"] is False
     assert {parts[key]["status"] for key in ("rooflines", "memory", "layers", "models")} == {"not run"}
-    assert "not run, 0 s: stopped by SIGINT" in (folder / "summary.md").read_text(encoding="utf-8")
-    assert not (folder / "gpu.json").exists(), "nothing was measured that could be in it"
+    assert "not run, 0 s: stopped by SIGINT" in summary.with_suffix(".md").read_text(encoding="utf-8")
+    assert not (machine / "gpu.json").exists(), "nothing was measured that could be in it"
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks.gpu import document
 from benchmarks.harness import timing
 from benchmarks.layers import layer_cells
+from benchmarks.layers.checks import ALLOWED
+from benchmarks.layers.methods import NaiveDualLora
 from dual_lora_kernels import set_default_backend
+from dual_lora_kernels.runtime_settings import current_settings
 
 
 def test_cells_are_all_there_once_and_start_with_the_goals() -> None:
@@ -35,6 +41,35 @@ def test_a_cell_without_peft_measures_the_rest(monkeypatch: pytest.MonkeyPatch) 
         "lora": "ModuleNotFoundError",
         "dora": "ModuleNotFoundError",
     }
+
+
+@pytest.mark.parametrize("kind", ["step", "decode"])
+def test_a_candidate_that_computes_something_else_is_not_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a strategy alone, whose module is the others' too."""
+    right = layer_cells._own
+
+    def wrong(cell: Any, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Any:
+        run = right(cell, module, x, grad)
+
+        def scaled() -> Any:
+            returned = run()
+            is_wrong = isinstance(module, NaiveDualLora) or current_settings().strategy == "panels"
+            return [1.5 * each for each in returned] if is_wrong else returned
+
+        return scaled
+
+    monkeypatch.setattr(layer_cells, "_own", wrong)
+    set_default_backend("eager")
+    found = layer_cells.measure(layer_cells.Cell(kind, "plain", 32, 48, 3), torch.device("cpu"), 1)
+    for name in ("naive", "panels"):
+        assert found["left_out"][name].startswith("computes something else than it claims")
+        assert found["checked"][name]["output"] > ALLOWED
+    assert {"floor", "auto", "lora", "dora"} <= found["seconds"].keys()
+    assert not {"naive", "panels"} & found["seconds"].keys()
+    (case,) = document.layer_cases([found])
+    assert case.subjects["dual_lora"].checked == found["checked"]["auto"]
+    assert case.subjects["dual_lora_panels"].checked == found["checked"]["panels"]
+    assert case.subjects["dual_lora_panels"].left_out == found["left_out"]["panels"]
 
 
 def test_a_time_limit_ends_the_rounds_but_leaves_three() -> None:

@@ -8,13 +8,9 @@ from typing import Any
 from dual_lora_kernels.tuning.kernel_calls import RANK
 
 from ..harness.results import Case, Measurement
-from ..layers.layer_cells import CELL_LABELS, STRATEGIES
+from ..layers.layer_cells import CELL_LABELS, FROZEN, SUBJECTS
 from ..layers.layer_step import FLOOR
 
-SUBJECTS = {name: {"auto": "dual_lora"}.get(name, f"dual_lora_{name}") for name in STRATEGIES}
-"""A strategy of this package's → the subject; other subjects have one name everywhere."""
-FROZEN = "frozen"
-"""F.linear on W0, the reference of decoding."""
 LABELS = {FROZEN: "F.linear on W0", **{SUBJECTS.get(name, name): label for name, label in CELL_LABELS.items()}}
 
 
@@ -30,12 +26,13 @@ def _case(cell: Mapping[str, Any]) -> Case:
     predicted = cell.get("predicted_microseconds") or {}
     subjects = {
         names.get(name, name): Measurement(
-            seconds=tuple(seconds),
+            seconds=tuple(cell["seconds"].get(name, ())),
+            checked=cell["checked"].get(name, {}),
             counts={"predicted_microseconds": predicted[name]} if name in predicted else {},
+            left_out=cell["left_out"].get(name),
         )
-        for name, seconds in cell["seconds"].items()
+        for name in (*cell["seconds"], *cell["left_out"])
     }
-    subjects |= {names.get(name, name): Measurement(left_out=reason) for name, reason in cell["left_out"].items()}
     settings = {
         "kind": cell["kind"], "mode": cell["mode"], "dtype": "bf16", "out_features": cell["rows"],
         "in_features": cell["columns"], "tokens": cell["tokens"], "rank": RANK, "base": "dense",

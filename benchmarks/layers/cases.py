@@ -9,8 +9,7 @@ cache holds, as a model's pass does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -20,13 +19,14 @@ from dual_lora_kernels import DualLoraLinear
 from dual_lora_kernels.tuning.device_time import copies
 
 from ..harness.environment import DTYPE_NAMES
-from ..harness.results import Case, Measurement, Setting
+from ..harness.results import Case, Setting
 from ..harness.timing import interleaved
-from .checks import Checker, refusal
+from .checks import Checker
 from .claims import SEED, Layer
 from .layer_step import FLOOR, floor_step, step
 from .memory import peak_temporary_bytes
 from .methods import LABELS, METHODS, build, frozen_linear, trainable_parameters
+from .subjects import Subjects
 
 FROZEN, PREPARED, MERGED = "frozen", "dual_lora_prepared", "dual_lora_merged"
 STEP_SUBJECTS = tuple(METHODS)
@@ -68,34 +68,6 @@ class Shape:
         return f"{self.dtype}, {self.out_features} × {self.in_features}, {self.tokens} tokens, r1 = r2 = {self.rank}"
 
 
-@dataclass
-class _Subjects:
-    """What is to be timed, and what is known of it already."""
-
-    runs: dict[str, Run] = field(default_factory=dict)
-    trainable: dict[str, int] = field(default_factory=dict)
-    checked: dict[str, dict[str, float]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @contextmanager
-    def unless_it_fails(self, name: str) -> Iterator[None]:
-        """Whatever a subject cannot do, the others are still to be measured."""
-        try:
-            yield
-        except Exception as error:
-            self.runs.pop(name, None)
-            self.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-    def decide(self, name: str, errors: Mapping[str, float], run: Run) -> None:
-        """Take a subject in if its errors are allowed."""
-        reason = refusal(errors)
-        self.checked[name] = {key: round(error, 4) for key, error in errors.items() if error < float("inf")}
-        if reason is None:
-            self.runs[name] = run
-        else:
-            self.left_out[name] = reason
-
-
 def step_case(
     shape: Shape,
     subjects: Sequence[str] = STEP_SUBJECTS,
@@ -115,7 +87,7 @@ def step_case(
     x = torch.randn(shape.tokens, shape.in_features, dtype=dtype, device=device).requires_grad_()
     grad = torch.randn(shape.tokens, shape.out_features, dtype=dtype, device=device)
     checker = Checker(Layer(linear.weight.detach(), x, grad, shape.rank))
-    found = _Subjects()
+    found = Subjects()
     for name in _shown((FLOOR, *subjects), f"checking a step, {shape}", console):
         with found.unless_it_fails(name):
             if name == FLOOR:
@@ -136,7 +108,7 @@ def step_case(
     for name in _shown([name for name in found.runs if name != FLOOR], f"tracing memory, {shape}", console):
         trace = peak_temporary_bytes(found.runs[name], device)
         traces[name] = {"temporary": trace.peak_temporary, "peak": trace.peak}
-    return _case(shape.settings("step"), FLOOR, (FLOOR, *subjects), found, seconds, traces)
+    return found.case(shape.settings("step"), FLOOR, (FLOOR, *subjects), seconds, traces)
 
 
 def decode_case(
@@ -157,7 +129,7 @@ def decode_case(
     linears = [frozen_linear(shape.in_features, shape.out_features, dtype, device) for _ in range(count)]
     x = torch.randn(shape.tokens, shape.in_features, dtype=dtype, device=device)
     checkers = [Checker(Layer(linear.weight.detach(), x, None, shape.rank)) for linear in linears]
-    found = _Subjects()
+    found = Subjects()
     for name in _shown((FROZEN, *subjects), f"checking decoding, {shape}", console):
         with found.unless_it_fails(name):
             modules = [
@@ -171,7 +143,7 @@ def decode_case(
         raise RuntimeError(f"{shape}: the layer without an adapter {found.left_out[FROZEN]}")
     del checkers
     seconds = {name: [time / count for time in times] for name, times in _timed(found, rounds, device, console).items()}
-    return _case(shape.settings("decode"), FROZEN, (FROZEN, *subjects), found, seconds, {}, {"layers_in_turn": count})
+    return found.case(shape.settings("decode"), FROZEN, (FROZEN, *subjects), seconds, {}, {"layers_in_turn": count})
 
 
 def _layers_in_turn(shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
@@ -201,7 +173,7 @@ def _in_turn(modules: Sequence[nn.Module], x: torch.Tensor) -> Run:
     return run
 
 
-def _timed(found: _Subjects, rounds: int, device: torch.device, console: Console | None) -> Mapping[str, list[float]]:
+def _timed(found: Subjects, rounds: int, device: torch.device, console: Console | None) -> Mapping[str, list[float]]:
     """Seconds by round, after one that is not counted: at least `rounds`, more where they are short."""
     show = console is not None and console.is_terminal
     warmed = interleaved(found.runs, rounds=1, warmup=0, device=device, show=False)
@@ -216,26 +188,3 @@ def _shown(names: Sequence[str], what: str, console: Console | None) -> Iterator
         for name in names:
             status.update(f"{what}: {LABELS[name]}")
             yield name
-
-
-def _case(
-    settings: Mapping[str, Setting],
-    reference: str,
-    names: Sequence[str],
-    found: _Subjects,
-    seconds: Mapping[str, Sequence[float]],
-    traces: Mapping[str, dict[str, int]],
-    counts: Mapping[str, float] | None = None,
-) -> Case:
-    subjects = {
-        name: Measurement(
-            seconds=tuple(seconds.get(name, ())),
-            trainable=found.trainable.get(name),
-            checked=found.checked.get(name, {}),
-            bytes=traces.get(name, {}),
-            counts=counts or {},
-            left_out=found.left_out.get(name),
-        )
-        for name in names
-    }
-    return Case(settings, reference, subjects)

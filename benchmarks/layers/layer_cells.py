@@ -20,8 +20,11 @@ from dual_lora_kernels.tuning.device_time import captured, copies
 from dual_lora_kernels.tuning.kernel_calls import RANK
 
 from ..harness.timing import interleaved, quartiles, ratios
+from .checks import Checker
+from .claims import SEED, Layer
 from .layer_step import FLOOR, floor_step, step
 from .methods import LABELS, build, frozen_linear
+from .subjects import Subjects
 
 STRATEGIES = ("auto", "fused", "panels")
 PEERS = ("lora", "dora", "naive")
@@ -29,6 +32,10 @@ SAMPLED = ("dual_lora_half", "dual_lora_quarter")
 """Training steps with gradients from a part of the columns; they decode as the others."""
 COMPILED_PEERS = ("dora",)
 """Compiling takes seconds a method, so only the peer that a goal names is compiled too."""
+SUBJECTS = {name: {"auto": "dual_lora"}.get(name, f"dual_lora_{name}") for name in STRATEGIES}
+"""A strategy of this package's → the subject; other subjects have one name everywhere."""
+FROZEN = "frozen"
+"""F.linear on W0, the floor of decoding."""
 CELL_LABELS = {
     **{name: f"dual_lora_kernels, {name}" for name in STRATEGIES},
     **{n: LABELS[n] for n in (FLOOR, *SAMPLED, *PEERS)},
@@ -42,6 +49,7 @@ _CACHED_TOKENS = 1024
 """Up to here reading W takes a share of a step's time that matters, so layers are used in turn."""
 _LIMIT = 1.0
 """Seconds after which a cell has rounds enough, be they three."""
+Call = Callable[[], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ def candidates(cell: Cell) -> tuple[str, ...]:
 def measure(cell: Cell, device: torch.device, rounds: int) -> dict[str, Any]:
     """Seconds by round, microseconds and ratios to the floor of every candidate that runs, and why the others do not.
 
-    Times are of one layer. The floor: three products for a step, F.linear on W0 alone for decoding.
+    Times are of one layer. The floor: three products for a step, F.linear on W0 alone for decoding. Before it is timed,
+    each candidate is held to what it claims (`checks`), on the first layer and by a plain launch.
     """
     names = candidates(cell)
     if cell.mode == "compiled":
@@ -110,26 +119,32 @@ def measure(cell: Cell, device: torch.device, rounds: int) -> dict[str, Any]:
     grad = torch.randn(cell.tokens, cell.rows, device=device, dtype=torch.bfloat16)
     if cell.kind == "step":
         x.requires_grad_()
-    runs: dict[str, Callable[[], object]] = {}
-    left_out: dict[str, str] = {}
+    checker = Checker(Layer(linears[0].weight.detach(), x, grad if cell.kind == "step" else None, RANK))
+    found = Subjects()
     modules: dict[str, list[nn.Module]] = {}
     for name in (FLOOR, *names):
-        method = "dual_lora" if name in STRATEGIES else name
-        try:
-            if name != FLOOR and method not in modules:
-                modules[method] = [_module(cell, method, linear) for linear in linears]
-            calls = [
-                _floor(cell, linear.weight, x, grad) if name == FLOOR else _own(cell, modules[method][index], x, grad)
-                for index, linear in enumerate(linears)
-            ]
-            run = _in_turn(calls, name if name in STRATEGIES else "auto")
-            runs[name] = captured(run) if cell.mode == "graph" else run
-            runs[name]()
-        except Exception as error:  # whatever a peer or a strategy cannot do, the others are still to be measured
+        with found.unless_it_fails(name):
+            claim, strategy = SUBJECTS.get(name, name), name if name in STRATEGIES else "auto"
             if name == FLOOR:
-                raise
-            runs.pop(name, None)
-            left_out[name] = f"{type(error).__name__}: {error}"
+                calls = [_floor(cell, linear.weight, x, grad) for linear in linears]
+                claim, parameters = (FLOOR, ["weight"]) if cell.kind == "step" else (FROZEN, [])
+            else:
+                method = "dual_lora" if name in STRATEGIES else name
+                if method not in modules:
+                    modules[method] = [_module(cell, method, linear) for linear in linears]
+                calls = [_own(cell, module, x, grad) for module in modules[method]]
+                parameters = checker.give_values(claim, modules[method][0])
+            torch.manual_seed(SEED)  # of the columns that the claims of sampled gradients take
+            with settings(strategy=strategy):
+                errors = checker.errors(claim, calls[0](), parameters)
+            run = _in_turn(calls, strategy)
+            launched = captured(run) if cell.mode == "graph" else run
+            launched()
+            found.decide(name, errors, launched)
+    if FLOOR in found.left_out:
+        raise RuntimeError(f"the floor {found.left_out[FLOOR]}")
+    del checker  # with the truths, several times as large as the layer
+    runs = found.runs
     seconds = interleaved(runs, rounds=rounds, warmup=1, device=device, limit=_LIMIT, show=False)
     return {
         **dataclasses.asdict(cell),
@@ -138,7 +153,8 @@ def measure(cell: Cell, device: torch.device, rounds: int) -> dict[str, Any]:
         "microseconds": {name: quartiles(times).median * 1e6 / len(linears) for name, times in seconds.items()},
         "to_floor": {name: dataclasses.asdict(ratios(seconds, name, FLOOR)) for name in runs if name != FLOOR},
         "to_dora": {name: ratios(seconds, name, "dora").median for name in STRATEGIES if {name, "dora"} <= runs.keys()},
-        "left_out": left_out,
+        "checked": found.checked,
+        "left_out": found.left_out,
     }
 
 
@@ -157,24 +173,24 @@ def _module(cell: Cell, method: str, linear: nn.Linear) -> nn.Module:
     return module
 
 
-def _floor(cell: Cell, weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+def _floor(cell: Cell, weight: torch.Tensor, x: torch.Tensor, grad: torch.Tensor) -> Call:
     if cell.kind == "step":
         return floor_step(weight, x, grad)
-    return lambda: nn.functional.linear(x, weight)
+    return lambda: (nn.functional.linear(x, weight),)
 
 
-def _own(cell: Cell, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+def _own(cell: Cell, module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Call:
     if cell.kind == "step":
         return step(module, x, grad)
 
-    def run() -> object:
+    def run() -> tuple[torch.Tensor]:
         with torch.no_grad():
-            return module(x)
+            return (module(x),)
 
     return run
 
 
-def _in_turn(calls: Sequence[Callable[[], object]], strategy: str) -> Callable[[], None]:
+def _in_turn(calls: Sequence[Call], strategy: str) -> Callable[[], None]:
     def run() -> None:
         with settings(strategy=strategy):
             for call in calls:
