@@ -17,8 +17,9 @@ from torch import nn
 from benchmarks.checkpoints.merge_checkpoint import Kills, Round, case, merge
 from benchmarks.checkpoints.synthetic import make_adapter, make_base
 from benchmarks.harness.report import RESULTS
-from benchmarks.harness.results import Results, document, read
-from benchmarks.layers import merging
+from benchmarks.harness.results import Case, Results, document, every
+from benchmarks.layers.merging import SUBJECTS, merged_weight
+from benchmarks.layers.merging import merging as merges
 from benchmarks.layers.methods import build, frozen_linear
 from benchmarks.presets import merge as preset
 from benchmarks.publish import scale
@@ -39,7 +40,7 @@ def _options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     preset.add(parser)
     options = parser.parse_args(["--device", "cpu", *arguments])
-    options.quick, options.rounds = False, 1
+    options.quick, options.rounds, options.name = False, 1, None
     return options
 
 
@@ -49,8 +50,8 @@ def test_every_subject_merges_what_it_claims(dtype: str) -> None:
     jsonschema.validate(_as_json(results), SCHEMA)
     (found,) = results.cases
     assert found.reference == "copy"
-    assert found.timed() == ["copy", *merging.SUBJECTS]
-    for name in merging.SUBJECTS:
+    assert found.timed() == ["copy", *SUBJECTS]
+    for name in SUBJECTS:
         assert found.subjects[name].checked["weight"] <= 2
         assert found.subjects[name].bytes["peak"] > 0
     title, headings, cells = preset.table(found)
@@ -58,18 +59,18 @@ def test_every_subject_merges_what_it_claims(dtype: str) -> None:
     assert {len(row) for row in cells} == {len(headings)}
 
 
-@pytest.mark.parametrize("name", merging.SUBJECTS)
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_every_call_merges_once_more(name: str) -> None:
     """Or the rounds after the first would time something else."""
     module = build(name, frozen_linear(32, 24, torch.float32), 4, 4)
     for parameter in module.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.5)
-    run = merging.merging(name, module)
-    weights = [merging.merged_weight(module).clone()]
+    run = merges(name, module)
+    weights = [merged_weight(module).clone()]
     for _ in range(3):
         run()
-        weights.append(merging.merged_weight(module).clone())
+        weights.append(merged_weight(module).clone())
     changes = [(after - before).norm().item() for before, after in pairwise(weights)]
     assert min(changes) > 1e-3 * weights[0].norm().item()
 
@@ -94,6 +95,64 @@ def test_a_subject_that_merges_something_else_is_not_timed(monkeypatch: pytest.M
     assert "computes something else than it claims" in lora.left_out
 
 
+@pytest.mark.parametrize("fails", ["merge", "trace"])
+def test_a_subject_that_fails_leaves_the_others(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it merges, or only when its memory is traced, after it was timed."""
+    right, trace = preset.merging, preset.peak_temporary_bytes
+    failing: list[object] = []
+
+    def fail() -> None:
+        raise MemoryError("no room\nfor it")
+
+    def merging(name: str, module: nn.Module) -> Any:
+        run = right(name, module)
+        if name == "naive":
+            run = fail if fails == "merge" else run
+            failing.append(run)
+        return run
+
+    def traced(run: Any, device: torch.device) -> Any:
+        return fail() if run in failing else trace(run, device)
+
+    monkeypatch.setattr(preset, "merging", merging)
+    monkeypatch.setattr(preset, "peak_temporary_bytes", traced)
+    (results,) = preset.run(_options("--shape", "24x40", "--dtype", "fp32"), Console(quiet=True))
+    jsonschema.validate(_as_json(results), SCHEMA)
+    (found,) = results.cases
+    assert found.subjects["naive"].left_out == "MemoryError: no room"
+    assert found.timed() == ["copy", *(name for name in SUBJECTS if name != "naive")]
+    assert ["naive Dual LoRA", "MemoryError: no room", "–", "–", "–"] in preset.table(found)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "quick", "measured"),
+    [
+        ([], False, (preset.DEPTH, preset.KILLS)),
+        ([], True, (preset.QUICK_DEPTH, preset.QUICK_KILLS)),
+        (["--depth", "3"], True, (3, preset.QUICK_KILLS)),
+        (["--depth", "3", "--kills", "7"], True, (3, 7)),
+        (["--kills", "7"], False, (preset.DEPTH, 7)),
+    ],
+)
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_on_disk_takes_what_is_asked_for_and_a_name_of_its_own(
+    arguments: list[str], quick: bool, measured: tuple[int, int], name: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[tuple[int, int]] = []
+
+    def measure(folder: Path, depth: int, rank: int, rounds: int, kills: int, console: Console) -> Case:
+        seen.append((depth, kills))
+        return case(depth, rank, 1, ROUNDS, Kills(kills, 0, 0, True))
+
+    monkeypatch.setattr(preset.merge_checkpoint, "measure", measure)
+    options = _options("--on-disk", str(tmp_path), *arguments)
+    options.quick, options.name = quick, name
+    preset.run(options, Console(quiet=True))
+    assert seen == [measured]
+    assert options.name == (name or "merge-on-disk")
+
+
 ROUNDS = (Round(2.0, 1.0, 6.0, 20.0, 1000), Round(2.0, 2.0, 8.0, None, 3000))
 
 
@@ -114,13 +173,17 @@ def test_a_checkpoints_rounds_are_a_case() -> None:
     assert "With `--verify` 200 MB/s. After 50 kills, 47 of them in the middle" in text
 
 
-def test_the_converted_run_is_the_one_that_was_measured() -> None:
-    """Five rounds of 4.4 GB on an EPYC with AVX2, and fifty kills."""
-    (path,) = (RESULTS / "machines").glob("*/merge-on-disk.json")
-    (found,) = read(path).cases
-    assert [len(found.subjects[name].seconds) for name in found.timed()] == [5, 5, 5]
-    assert round(4362.089805 / found.seconds("dual_lora").median) == 862
-    assert found.subjects["dual_lora"].counts["identical_after_kills"] == 1
+def test_committed_runs_on_disk_are_whole() -> None:
+    """Every machine's: each round of all three, and kills that left the same bytes."""
+    runs = [case for run in every("merge") for case in run.cases if case.settings["kind"] == "merge_on_disk"]
+    assert runs
+    for found in runs:
+        assert found.timed() == ["cp", "cp_and_sync", "dual_lora"]
+        assert len({len(found.subjects[name].seconds) for name in found.timed()}) == 1
+        own = found.subjects["dual_lora"].counts
+        assert own["identical_after_kills"] == 1
+        assert own["kills_in_the_middle"] + own["kills_after_the_end"] <= own["kills"]
+        assert own["checkpoint_bytes"] > 436e6 * float(found.settings["layers"])
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

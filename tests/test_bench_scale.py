@@ -23,7 +23,7 @@ from benchmarks.harness.report import RESULTS
 from benchmarks.harness.results import Case, Measurement, Results, document, read, write
 from benchmarks.layers.layer_step import floor_step, step
 from benchmarks.layers.memory import peak_temporary_bytes
-from benchmarks.layers.methods import build, frozen_linear, trainable_parameters
+from benchmarks.layers.methods import EagerDualLora, build, frozen_linear, trainable_parameters
 from benchmarks.presets import scale as preset
 from benchmarks.publish.studies import load
 from benchmarks.scale import compare, cost, large_model, rates
@@ -347,3 +347,31 @@ def test_the_preset_measures_every_axis(tmp_path: Path, monkeypatch: pytest.Monk
     assert read(write(results, "scale", tmp_path)).cases[1].settings == results.cases[1].settings
     options.axis = ["rank"]
     assert len(preset.run(options, Console(quiet=True))[0].cases) == 2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_subject_that_fails_leaves_the_others(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack, which nothing checks, is run before it is timed too."""
+    right = preset.step
+
+    def failing(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Any:
+        def run() -> Any:
+            raise MemoryError("no room\nfor it")
+
+        return run if any(isinstance(each, EagerDualLora) for each in module.modules()) else right(module, x, grad)
+
+    monkeypatch.setattr(preset, "step", failing)
+    point = preset.Point("depth", 16, 4, 2, layers)
+    case = preset._measure(point, "fp32", torch.device("cpu"), 1, Console(quiet=True))
+    assert case.subjects["dual_lora_eager"].left_out == "MemoryError: no room"
+    assert case.timed() == [name for name in preset.SUBJECTS if name != "dual_lora_eager"]
+    assert ["dual_lora_kernels, eager", "MemoryError: no room", "–", "–", "–"] in preset.table(case)[2]
+
+
+def test_without_its_floor_a_point_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(preset, "stack_floor", failing)
+    with pytest.raises(RuntimeError, match=r"16², 4 tokens, .*: the floor MemoryError: no room"):
+        preset._measure(preset.Point("size", 16, 4), "fp32", torch.device("cpu"), 1, Console(quiet=True))

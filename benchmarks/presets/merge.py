@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,17 +12,22 @@ from ..checkpoints import merge_checkpoint
 from ..harness.environment import DTYPE_NAMES, environment
 from ..harness.results import Case, Measurement, Results, Setting
 from ..harness.timing import interleaved
-from ..layers.checks import Checker, refusal
+from ..layers.checks import Checker
 from ..layers.claims import Layer
 from ..layers.memory import peak_temporary_bytes
 from ..layers.merging import COPY, SUBJECTS, copying, merged_weight, merging
 from ..layers.methods import LABELS, build, frozen_linear
+from ..layers.subjects import Subjects
 from .arguments import add_device, count, shape
 from .arguments import dtype as dtype_name
 
 HELP = "Merging into one layer in memory beside copying its weight; with --on-disk FOLDER into a checkpoint beside cp."
 SHAPES = ((1024, 1024), (4096, 4096), (4096, 11008))
 QUICK_SHAPES = ((256, 512),)
+DEPTH, QUICK_DEPTH = 10, 1
+KILLS, QUICK_KILLS = 50, 2
+DISK_NAME = "merge-on-disk"
+"""Of a checkpoint's document: both kinds of one machine are to be shown."""
 NOTES = (
     "Each subject merges into a weight of its own, in every round once more. PEFT's merge without its check for NaNs; "
     "dual_lora_merge_ first checks that nothing overflows. Before that, 64 columns of the merged weight were compared "
@@ -51,18 +55,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-disk", type=Path, metavar="FOLDER", help="merge a checkpoint instead, in a folder with room for three"
     )
-    parser.add_argument("--depth", type=count, default=10, help="the checkpoint's layers, of 436 MB each (%(default)s)")
-    parser.add_argument("--kills", type=count, default=50, help="merges that are killed (%(default)s)")
+    parser.add_argument(
+        "--depth", type=count, help=f"the checkpoint's layers, of 436 MB each ({DEPTH}; with --quick {QUICK_DEPTH})"
+    )
+    parser.add_argument("--kills", type=count, help=f"merges that are killed ({KILLS}; with --quick {QUICK_KILLS})")
     add_device(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
-    """Measure one or the other."""
+    """Measure one or the other. A checkpoint's document has a name of its own, where none is asked for."""
     if options.on_disk is not None:
         if not options.on_disk.is_dir():
             raise ValueError(f"--on-disk: got {str(options.on_disk)!r}, expected a folder")
         about = environment(torch.device("cpu"))
-        depth, kills = (1, 2) if options.quick else (options.depth, options.kills)
+        options.name = options.name or DISK_NAME
+        depth = options.depth or (QUICK_DEPTH if options.quick else DEPTH)
+        kills = options.kills or (QUICK_KILLS if options.quick else KILLS)
         disk = merge_checkpoint.measure(options.on_disk, depth, options.rank, options.rounds, kills, console)
         return (Results("merge", "", about, (disk,), notes=DISK_NOTES),)
     about = environment(options.device)
@@ -83,31 +91,26 @@ def _measure(
     some = torch.arange(0, columns, -(-columns // _CHECKED_COLUMNS), device=device)
     ones = torch.nn.functional.one_hot(some, columns).to(weight.dtype)  # X Wᵀ are then these columns
     checker = Checker(Layer(weight, ones, None, rank))
-    calls = {COPY: copying(weight)}
-    found = {COPY: Measurement()}
+    found = Subjects(runs={COPY: copying(weight)})
     for name in SUBJECTS:
-        linear = frozen_linear(columns, rows, DTYPE_NAMES[dtype], device)
-        linear.weight.copy_(weight)
-        try:
+        with found.unless_it_fails(name):
+            linear = frozen_linear(columns, rows, DTYPE_NAMES[dtype], device)
+            linear.weight.copy_(weight)
             module = build(name, linear, rank, rank)
             checker.give_values(name, module)
-        except ImportError as error:
-            found[name] = Measurement(left_out=str(error))
-            continue
-        call = merging(name, module)
-        call()
-        errors = {"weight": checker.errors(name, [merged_weight(module)[:, some].t()])["output"]}
-        found[name] = Measurement(checked=errors, left_out=refusal(errors))
-        if found[name].left_out is None:
-            calls[name] = call
-    seconds = interleaved(calls, rounds=rounds, warmup=1, device=device, console=console)
-    for name, call in calls.items():
-        trace = peak_temporary_bytes(call, device)
-        found[name] = replace(found[name], seconds=tuple(seconds[name]), bytes={"peak": trace.peak})
+            call = merging(name, module)
+            call()
+            errors = checker.errors(name, [merged_weight(module)[:, some].t()])
+            found.decide(name, {"weight": errors["output"]}, call)
+    seconds = interleaved(found.runs, rounds=rounds, warmup=1, device=device, console=console)
+    traces: dict[str, dict[str, int]] = {}
+    for name, run in list(found.runs.items()):
+        with found.unless_it_fails(name):
+            traces[name] = {"peak": peak_temporary_bytes(run, device).peak}
     settings: dict[str, Setting] = {
         "kind": "merge", "dtype": dtype, "out_features": rows, "in_features": columns, "rank": rank, "base": "dense",
     }  # fmt: skip
-    return Case(settings, COPY, found)
+    return found.case(settings, COPY, (COPY, *SUBJECTS), seconds, traces)
 
 
 def table(case: Case) -> tuple[str, list[str], list[list[str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -13,11 +13,12 @@ from rich.console import Console
 from ..harness.environment import DTYPE_NAMES, environment
 from ..harness.results import Case, Measurement, Results, Setting
 from ..harness.timing import interleaved
-from ..layers.checks import Checker, refusal
+from ..layers.checks import Checker
 from ..layers.claims import Layer
 from ..layers.layer_step import FLOOR, step
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import LABELS, trainable_parameters
+from ..layers.subjects import Subjects
 from ..scale import rates
 from ..scale.exponents import AXES
 from ..scale.stacks import frozen_layers, stack, stack_floor
@@ -115,31 +116,36 @@ def _measure(point: Point, dtype: str, device: torch.device, rounds: int, consol
     x, grad = (torch.randn(point.tokens, point.size, dtype=DTYPE_NAMES[dtype], device=device) for _ in range(2))
     x.requires_grad_()
     checker = Checker(Layer(layers[0].weight, x, grad, point.rank)) if point.layers == 1 else None
-    steps: dict[str, Callable[[], Sequence[torch.Tensor]]] = {}
-    found: dict[str, Measurement] = {}
+    found = Subjects()
     for name in SUBJECTS:
-        try:
-            module = None if name == FLOOR else stack(name, layers, point.rank)
-        except ImportError as error:
-            found[name] = Measurement(left_out=str(error))
-            continue
-        call: Callable[[], Sequence[torch.Tensor]]
-        names, trainable = [], 0
-        if module is None:
-            call = stack_floor([layer.weight for layer in layers], x, grad)
-        else:
-            names = [] if checker is None else checker.give_values(name, module)
-            trainable, call = sum(each.numel() for each in trainable_parameters(module)), step(module, x, grad)
-        errors = {} if checker is None else checker.errors(name, call(), names)
-        found[name] = Measurement(trainable=trainable, checked=errors, left_out=refusal(errors))
-        if found[name].left_out is None:
-            steps[name] = call
+        with found.unless_it_fails(name):
+            call: Callable[[], Sequence[torch.Tensor]]
+            names: list[str] = []
+            if name == FLOOR:
+                call = stack_floor([layer.weight for layer in layers], x, grad)
+            else:
+                module = stack(name, layers, point.rank)
+                names = [] if checker is None else checker.give_values(name, module)
+                found.trainable[name] = sum(each.numel() for each in trainable_parameters(module))
+                call = step(module, x, grad)
+            found.decide(name, _errors(name, call, checker, names), call)
+    if FLOOR in found.left_out:
+        raise RuntimeError(f"{describe(point.settings(dtype))}: the floor {found.left_out[FLOOR]}")
     del checker  # with the truths, several times as large as the layer
-    seconds = interleaved(steps, rounds=rounds, warmup=1, device=device, console=console)
-    for name, timed in steps.items():
-        temporary = peak_temporary_bytes(timed, device).peak_temporary
-        found[name] = replace(found[name], seconds=tuple(seconds[name]), bytes={"temporary": temporary})
-    return Case(point.settings(dtype), FLOOR, found)
+    seconds = interleaved(found.runs, rounds=rounds, warmup=1, device=device, console=console)
+    traces: dict[str, dict[str, int]] = {}
+    for name, run in list(found.runs.items()):
+        with found.unless_it_fails(name):
+            traces[name] = {"temporary": peak_temporary_bytes(run, device).peak_temporary}
+    return found.case(point.settings(dtype), FLOOR, SUBJECTS, seconds, traces)
+
+
+def _errors(
+    name: str, call: Callable[[], Sequence[torch.Tensor]], checker: Checker | None, names: Sequence[str]
+) -> dict[str, float]:
+    """Of a single layer; a stack has no checker, but runs once too, since here it may fail."""
+    returned = call()
+    return {} if checker is None else checker.errors(name, returned, names)
 
 
 def describe(settings: Mapping[str, Setting]) -> str:
