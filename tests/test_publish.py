@@ -267,9 +267,10 @@ def test_a_case_that_was_measured_again_is_the_newest(found: list[Results]) -> N
 
 def test_machines_stand_side_by_side_and_gaps_are_visible(found: list[Results]) -> None:
     bf16 = Case({**STEP, "dtype": "bf16"}, "floor", {"floor": Measurement((1.0,)), "dora": Measurement((2.0,))})
-    found += [_results(), _results(cpu="Intel(R) Xeon(R) Processor", cases=(bf16,))]
+    intel = _results(cpu="Intel(R) Xeon(R) Processor", cases=(bf16,))
+    found += [_results(), dataclasses.replace(intel, environment={**intel.environment, "instruction_set": "AMX"})]
     lines = layers.summary().splitlines()
-    assert "AMD EPYC, AVX2, 2 threads<br>fp32 | Intel Xeon, AVX2, 2 threads<br>bf16 |" in lines[0]
+    assert "AMD EPYC, AVX2, 2 threads<br>fp32 | Intel Xeon, AMX, 2 threads<br>bf16 |" in lines[0]
     assert lines[2:5] == [
         "| PEFT LoRA | 0.80 · – | – |",
         "| PEFT DoRA | – | 2.00 · – |",
@@ -292,6 +293,16 @@ def test_where_it_loses_is_said(found: list[Results], own: tuple[float, float], 
     found.append(_results(cases=(_case(own[0]), _case(own[1], tokens=1))))
     against = [line for line in layers.standing().splitlines() if line.startswith("| PEFT LoRA |")]
     assert [line.split("threads ")[1] for line in against] == [expected]
+
+
+def test_dtypes_without_units_do_not_count_as_won_and_that_is_said(found: list[Results]) -> None:
+    found.append(_results(cases=(_case(1.6), _case(0.1, dtype="bf16"), _case(0.1, dtype="fp16"))))
+    standing, summary = layers.standing(), layers.summary()
+    assert "| 0 | 0 | 1 | everywhere, by 2.00 |" in standing
+    assert "bf16 |" not in summary
+    for text in (standing, summary):
+        assert text.count("Not counted here: half dtypes on AMD EPYC, AVX2, 2 threads") == 1
+    assert "bf16, 4096²" in layers.by_machine()
 
 
 def test_a_subject_without_a_label_is_an_error(found: list[Results]) -> None:
@@ -317,7 +328,10 @@ def test_models_are_shown_over_their_floor(found: list[Results]) -> None:
         for name, value in times.items()
     }
     small = Case({**settings, "hidden_size": 512}, "floor", subjects)
-    found.append(dataclasses.replace(_results(cases=(Case(settings, "floor", subjects), small)), preset="model"))
+    few = Case({**settings, "hidden_size": 2048, "model": "large", "sequence": 8, "tokens": 32}, "floor", subjects)
+    found.append(dataclasses.replace(_results(cases=(few, Case(settings, "floor", subjects), small)), preset="model"))
+    assert "large" not in models.summary() + models.comparison() + str(models._numbers())
+    assert "large, 8 layers" in models.by_machine()
     summary = models.summary().splitlines()
     assert "| **dual_lora_kernels** | **410 · 1.25** |" in summary
     assert "| **dual_lora_kernels** | **1.0 · –** |" in summary

@@ -13,6 +13,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
 """Where results land unless the user names another folder."""
+MEBIBYTE = 2**20
 
 
 def print_table(title: str, headings: Sequence[str], cells: Sequence[Sequence[str]], console: Console) -> None:

@@ -7,9 +7,9 @@ import argparse
 from rich.console import Console
 
 from ..harness.environment import environment
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case, Results
 from ..layers.cases import STEP_SUBJECTS, Shape, step_case
-from ..layers.layer_step import MEBIBYTE
 from ..layers.methods import LABELS
 from ..layers.products import slow_products
 from . import layer_options

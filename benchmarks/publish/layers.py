@@ -7,21 +7,22 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case, Setting
 from ..harness.timing import Quartiles
 from ..layers.methods import LABELS
 from .pictures import Picture, dots
 from .shown import (
-    MEBIBYTE,
     MISSING,
     OWN,
     SUMMARISED,
     Machine,
     brief,
-    left_out,
+    in_fast_dtypes,
     machines,
     mebibytes,
     milliseconds,
+    not_measured,
     own,
     ratio,
     size,
@@ -66,7 +67,7 @@ def _order(case: Case) -> tuple[Any, ...]:
 
 def summary() -> str:
     """One layer, 4096², 512 tokens, in both dtypes on each machine: time over the floor and temporary memory."""
-    of = machines("layer", _is_standard)
+    of, without = in_fast_dtypes(machines("layer", _is_standard))
     columns = [(m, dtype) for m in of for dtype in _DTYPES]
     headings = ["time / three products · temporary MiB", *(f"{m.label}<br>{dtype}" for m, dtype in columns)]
     names = _summarised(of)
@@ -77,7 +78,8 @@ def summary() -> str:
         ]
         for name in names
     )
-    return table(headings, rows) + "\n\n" + "\n".join(brief(machine) for machine in of)
+    parts = [table(headings, rows), without, "\n".join(brief(machine) for machine in of)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _summarised(of: Sequence[Machine]) -> list[str]:
@@ -115,8 +117,7 @@ def _of_machine(machine: Machine) -> Iterator[str]:
         ["", *(own(name, LABELS[name]) for name in names)],
         ([describe(case), *(own(name, mebibytes(case, name, "temporary")) for name in names)] for case in cases),
     )
-    if missing := list(left_out(cases, describe)):
-        yield "Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)
+    yield from not_measured(cases, describe)
     yield "Measured by:\n\n" + sources(machine.runs)
 
 
@@ -127,7 +128,6 @@ def _detail(case: Case) -> str:
         "/ three products (quartiles)",
         "/ naive",
         "temporary MiB",
-        "resident MiB",
         "trainable",
         "error",
     )
@@ -138,7 +138,6 @@ def _detail(case: Case) -> str:
             own(name, spread(case, name)),
             own(name, ratio(case, name, "naive") if "naive" in case.subjects else MISSING),
             own(name, mebibytes(case, name, "temporary")),
-            own(name, mebibytes(case, name, "resident")),
             f"{trainable:,}" if (trainable := case.subjects[name].trainable) else MISSING,
             f"{max(checked.values()):.2f}" if (checked := case.subjects[name].checked) else MISSING,
         ]
@@ -149,16 +148,18 @@ def _detail(case: Case) -> str:
 
 def standing() -> str:
     """Against each method: in how many cases this package is faster, level, or slower, and where it is slower."""
-    return table(
+    of, without = in_fast_dtypes(machines("layer", _is_step))
+    shown = table(
         ["this package's step against", "machine", "faster", "level", "slower", "slower in"],
         (
             [LABELS[name], machine.label, *_standing(machine, name)]
             for name in _COMPARED
-            for machine in machines("layer", _is_step)
+            for machine in of
             if any(_against(machine, name))
         ),
         words=(0, 1, 5),
     )
+    return f"{shown}\n\n{without}" if without else shown
 
 
 def _against(machine: Machine, name: str) -> list[tuple[float, str]]:
@@ -211,11 +212,12 @@ def _decode(machine: Machine) -> Iterator[str]:
             for case in cases
         ),
     )
+    yield from not_measured(cases, describe)
     yield "Measured by:\n\n" + sources(machine.runs)
 
 
 def _numbers() -> dict[str, Any]:
-    of = machines("layer", _is_standard)
+    of, _ = in_fast_dtypes(machines("layer", _is_standard))
     names = _summarised(of)
     points: dict[str, dict[str, dict[str, list[float]]]] = {}
     for dtype in _DTYPES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .shown import MEBIBYTE, table
+from ..harness.report import MEBIBYTE
+from .shown import table
 from .studies import load, origin
 
 _LAYOUTS = {(8, "FSDP2"): "8, FSDP2", (8, "NF4 + DDP"): "8, NF4 base + DDP", (64, "FSDP2"): "64, FSDP2"} | {

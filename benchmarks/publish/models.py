@@ -7,20 +7,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case
 from ..layers.methods import LABELS
 from .pictures import Picture, dots
 from .shown import (
-    MEBIBYTE,
     MISSING,
     OWN,
     SUMMARISED,
     Machine,
     brief,
-    left_out,
     machines,
     mebibytes,
     milliseconds,
+    not_measured,
     own,
     ratio,
     sources,
@@ -32,6 +32,8 @@ from .studies import load
 
 _LEAST_HIDDEN = 1024
 """Hidden size from which a model is large enough for summaries: below, Python weighs as much as arithmetic."""
+_LEAST_TOKENS = 256
+"""A step, likewise: with few, what every step costs whatever its tokens, such as AdamW, hides the methods."""
 _REFERENCES = {"floor": "the model's floor", "frozen": "the frozen model's"}
 """What ratios are to → the possessive of it. Runs from before there was a model's floor have the frozen model."""
 
@@ -43,7 +45,8 @@ def _is_training(case: Case) -> bool:
 def _is_summarised(case: Case) -> bool:
     about = case.settings
     plain = about.get("base") == "dense" and not about.get("checkpointing") and "busy_processes" not in about
-    return _is_training(case) and plain and int(about["hidden_size"]) >= _LEAST_HIDDEN
+    large = int(about.get("hidden_size", 0)) >= _LEAST_HIDDEN and int(about.get("tokens", 0)) >= _LEAST_TOKENS
+    return _is_training(case) and plain and large
 
 
 def _is_generation(case: Case) -> bool:
@@ -137,8 +140,7 @@ def _of_machine(machine: Machine) -> Iterator[str]:
     for case in cases:
         yield f"{describe(case)}:"
         yield _detail(case)
-    if missing := list(left_out(cases, describe)):
-        yield "Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)
+    yield from not_measured(cases, describe)
     yield "Measured by:\n\n" + sources(machine.runs)
 
 
@@ -188,6 +190,7 @@ def _generation(machine: Machine) -> Iterator[str]:
             for name in subjects_of(cases)
         ),
     )
+    yield from not_measured(cases, describe)
     yield "Measured by:\n\n" + sources(machine.runs)
 
 
@@ -202,7 +205,7 @@ def comparison() -> str:
     methods = published["methods"]
     of = machines("model", lambda case: _is_summarised(case) and "lora" in case.timed())
     here = [
-        (machine, min(machine.cases.values(), key=lambda case: (*_order(case)[:1], case.settings["dtype"])))
+        (machine, min(machine.cases.values(), key=lambda case: (-int(case.settings["tokens"]), *_order(case)[:2])))
         for machine in of
     ]
     headings = ["", "PEFT: time s", "/ LoRA's", "PEFT: peak GB", "/ LoRA's"]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..harness.report import markdown_table
+from ..harness.report import MEBIBYTE, markdown_table
 from ..harness.results import Case, Results, Setting, every
 from ..layers.methods import LABELS
 
@@ -19,7 +19,6 @@ SUMMARISED = (
     "dual_lora_peft",
 )  # fmt: skip
 """The subjects of summaries and pictures: what one chooses among. Bounds and variants are in the whole tables."""
-MEBIBYTE = 2**20
 _DEFAULTS: Mapping[str, Setting] = {"base": "dense", "checkpointing": False}
 """Settings that need not be named."""
 Shape = tuple[tuple[str, Setting], ...]
@@ -70,6 +69,32 @@ def _machine(label: str, runs: Sequence[Results], wanted: Callable[[Case], bool]
                 run_of[shape(case.settings)] = results
     shown = [results for results in runs if any(results is other for other in run_of.values())]
     return Machine(label, cases, shown, run_of)
+
+
+def in_fast_dtypes(of: Sequence[Machine]) -> tuple[list[Machine], str]:
+    """The machines without cases in a half dtype without units in the processor, and a sentence on these or ""."""
+    kept: list[Machine] = []
+    slow: dict[str, None] = {}
+    for machine in of:
+        cases = {key: case for key, case in machine.cases.items() if not _is_slow(case, machine.run_of[key])}
+        if len(cases) < len(machine.cases):
+            slow[machine.label] = None
+        runs = [run for run in machine.runs if any(run is machine.run_of[key] for key in cases)]
+        if cases:
+            kept.append(Machine(machine.label, cases, runs, {key: machine.run_of[key] for key in cases}))
+    if not slow:
+        return kept, ""
+    return kept, (
+        f"Not counted here: half dtypes on {'; '.join(slow)}, which has no units for them: PyTorch's own products "
+        "are slow there and this package multiplies in fp32, so a ratio to them would flatter it."
+    )
+
+
+def _is_slow(case: Case, results: Results) -> bool:
+    about = results.environment
+    units = str(about.get("instruction_set", ""))
+    half = case.settings.get("dtype") in ("bf16", "fp16")
+    return half and about["device"] == "cpu" and "AMX" not in units and "bf16 units" not in units
 
 
 def machine_words(results: Results) -> str:
@@ -169,6 +194,7 @@ def source(results: Results) -> str:
         f"load average {_number(about['load_average'])} before and {_number(results.load_average_after)} after",
         check,
         f"Python {about['python']}, " + ", ".join(f"{name} {about[name]}" for name in packages if about.get(name)),
+        *([f"backends {', '.join(about['backends'])}"] if about.get("backends") else []),
     )
     commit = f" at commit {about['commit']}" if about.get("commit") else ""
     return " ".join([f"{about['date']}: `{results.command}`; {'; '.join(facts)}{commit}.", *results.notes])
@@ -196,6 +222,12 @@ def left_out(cases: Iterable[Case], describe: Callable[[Case], str]) -> Iterator
         for name, measurement in case.subjects.items():
             if measurement.left_out:
                 yield f"{LABELS[name]}, {describe(case)}: {measurement.left_out}"
+
+
+def not_measured(cases: Iterable[Case], describe: Callable[[Case], str]) -> Iterator[str]:
+    """The same as a list, if there is anything."""
+    if missing := list(left_out(cases, describe)):
+        yield "Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)
 
 
 def _number(value: float | None) -> str:

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from ..harness.report import RESULTS
-from .shown import MEBIBYTE, plain, table
+from ..harness.report import MEBIBYTE, RESULTS
+from .shown import plain, table
 
 _SEEDS = (0, 1, 2)
 _STORED = {
