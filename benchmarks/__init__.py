@@ -1,6 +1,6 @@
-"""Benchmarks: what a Dual LoRA layer costs in time and memory, and what its rounding keeps.
+"""Benchmarks: what Dual LoRA costs in time and memory, from one layer to a whole model, and what its rounding keeps.
 
-`harness` is what all of them use, `layers` runs on any device, `gpu` is the session on one, and `compiler` looks at
-what is compiled for chips that are not there. A benchmark runs as ``python -m benchmarks.<folder>.<name>`` from the
-repository's root. It writes JSON, Markdown and, where it helps, a chart into ``benchmarks/results``.
+``python -m benchmarks PRESET`` is the suite: `command` is its command line, `presets` says what is measured, `harness`
+is what all have in common, and `publish` shows the results in the documents. The other folders have what presets
+measure with, and studies of their own, which run as ``python -m benchmarks.<folder>.<name>`` from the root.
 """

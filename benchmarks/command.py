@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ from rich.console import Console
 
 from dual_lora_kernels.commands.common import ends_in_words
 
-from .harness.environment import load_average
+from .harness.environment import environment, load_average, missing_backend
 from .harness.report import print_table
-from .harness.results import MACHINES, Case, Results, document, write
+from .harness.results import MACHINES, Case, Results, document, read, write
 from .harness.self_check import self_check, warning
 from .harness.timing import Quartiles
 from .presets.arguments import count
@@ -30,6 +29,8 @@ PRESETS = ("layer", "decode", "model", "merge", "scale", "gpu")
 PROG = "python -m benchmarks"
 _WIDTH = 120
 """Of tables in a file or a pipe, which tell no width of their own."""
+_PATHS = {"--out": "DIR", "--on-disk": "FOLDER"}
+"""Options with a user's path, and what stands for it in results, which are published."""
 _DESCRIPTION = "What Dual LoRA costs in time and memory, beside what it is compared with, on this machine."
 _EPILOG = """\
 example:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     def run(early: argparse.Namespace) -> int:
         preset = load(chosen.preset)
         options = _parser(f"{prog} {chosen.preset}", preset).parse_args(chosen.options)
-        return _measure(chosen.preset, preset, options, shlex.join([*shlex.split(prog), *arguments]))
+        return _measure(chosen.preset, preset, options, _without_paths([*shlex.split(prog), *arguments]))
 
     return run(argparse.Namespace(command="bench", json="--json" in chosen.options))
 
@@ -97,8 +98,11 @@ def load(name: str) -> Preset:
 
 
 def _parser(prog: str, preset: Preset) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=preset.HELP)
-    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads (all cores)")
+    # Abbreviated options would hide paths from `_without_paths`.
+    parser = argparse.ArgumentParser(prog=prog, description=preset.HELP, allow_abbrev=False)
+    parser.add_argument(
+        "--threads", type=count, default=torch.get_num_threads(), help="CPU threads (PyTorch's own choice: %(default)s)"
+    )
     parser.add_argument("--rounds", type=count, default=7, help="timed rounds of every case (%(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: an impression in a minute or two, written only with --out"
@@ -116,28 +120,58 @@ def _file_name(text: str) -> str:
     return text
 
 
+def _without_paths(words: Sequence[str]) -> str:
+    """The command as results have it."""
+    shown: list[str] = []
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if shown and shown[-1] in _PATHS:
+            shown.append(_PATHS[shown[-1]])
+        else:
+            shown.append(f"{option}={_PATHS[option]}" if equals and option in _PATHS else word)
+    return shlex.join(shown)
+
+
+def _refuse_to_replace(path: Path, typed: str) -> None:
+    """Raise ValueError if `path` has the results of another command, or of another number of threads."""
+    if not path.exists():
+        return
+    other = read(path)
+    found = other.command, other.environment["threads"]
+    if found != (typed, torch.get_num_threads()):
+        raise ValueError(
+            f"--name: got {path.stem!r}, which has this machine's results of {found[0]!r} on {found[1]} threads, "
+            "expected a name that is free, or the same command and threads"
+        )
+
+
 def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str) -> int:
     """Measure, show, write."""
     load_before = load_average()
     root: Path | None = options.out or (None if options.quick else MACHINES)
-    if root is not None:
-        root.mkdir(parents=True, exist_ok=True)  # said before minutes of work, where it cannot be
     torch.set_num_threads(options.threads)
+    device: torch.device = getattr(options, "device", torch.device("cpu"))
+    if root is not None:  # what cannot be written is said before minutes of work
+        machine = Results(name, typed, environment(device), ()).machine
+        _refuse_to_replace(root / machine / f"{options.name or name}.json", typed)
+        root.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=options.json)
     if not console.is_terminal:
         console = Console(stderr=options.json, width=_WIDTH)
-    seen = self_check(getattr(options, "device", torch.device("cpu")), console)
-    problem = warning(seen)
-    if problem:
+    seen = self_check(device, console)
+    problems = [problem for problem in (warning(seen), missing_backend(device)) if problem]
+    for problem in problems:
         console.print(problem, style="bold red", markup=False)
     measured = preset.run(options, console)
-    found = [_completed(results, typed, load_before, seen) for results in measured]
+    found = [_completed(results, typed, load_before, seen, problems) for results in measured]
     for results in found:
         for case in results.cases:
-            print_table(*preset.table(case), console)
+            shown = preset.table(case)
+            print_table(*shown, console)
+            said = "\n".join([shown[0], *(cell for row in shown[2] for cell in row)])
             for subject, measurement in case.subjects.items():
-                if measurement.left_out:
-                    console.print(f"left out: {subject}, which {measurement.left_out}", markup=False)
+                if measurement.left_out and measurement.left_out not in said:
+                    console.print(f"left out: {subject}: {measurement.left_out}", markup=False)
         for note in results.notes:
             console.print(note, markup=False)
     if root is None:
@@ -150,16 +184,17 @@ def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str)
     return 0
 
 
-def _completed(results: Results, typed: str, load_before: float | None, seen: Quartiles) -> Results:
+def _completed(
+    results: Results, typed: str, load_before: float | None, seen: Quartiles, problems: Sequence[str]
+) -> Results:
     """The results with what the presets leave to the command line."""
-    problem = warning(seen)
     return dataclasses.replace(
         results,
         command=typed,
         environment={**results.environment, "load_average": load_before},
         load_average_after=load_average(),
         self_check=dataclasses.asdict(seen),
-        notes=(*results.notes, *([problem] if problem else [])),
+        notes=(*results.notes, *problems),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from rich.console import Console
 import dual_lora_kernels
 from benchmarks import command
 from benchmarks.harness import self_check
-from benchmarks.harness.environment import environment
+from benchmarks.harness.environment import commit, environment, missing_backend
 from benchmarks.harness.results import Case, Measurement, Results, read
 from benchmarks.harness.timing import Quartiles
 from dual_lora_kernels import cli
+from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.commands.bench import import_suite
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,7 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(command, "load", lambda _: planted)
     monkeypatch.setattr(command, "self_check", lambda *_: Quartiles(1.09, 1.1, 1.11))
+    monkeypatch.setattr(command, "missing_backend", lambda _: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
@@ -63,8 +66,8 @@ def test_both_commands_measure_show_and_write_the_same(tmp_path: Path, capsys: p
     (mine,), (other,) = tmp_path.glob("*/mine.json"), tmp_path.glob("*/layer.json")
     assert str(mine) in re.sub(r"\n", "", shown)
     results = read(mine)
-    assert results.command == f"python -m benchmarks layer --tokens 5 --out {tmp_path} --name mine"
-    assert read(other).command == f"dual-lora bench layer --tokens 5 --out {tmp_path}"
+    assert results.command == "python -m benchmarks layer --tokens 5 --out DIR --name mine"
+    assert read(other).command == "dual-lora bench layer --tokens 5 --out DIR"
     assert read(other).cases == results.cases
     assert results.self_check == {"lower": 1.09, "median": 1.1, "upper": 1.11}
     assert results.notes == ()
@@ -74,6 +77,51 @@ def test_both_commands_measure_show_and_write_the_same(tmp_path: Path, capsys: p
 def test_several_documents_have_names_of_their_own(tmp_path: Path) -> None:
     command.main(["layer", "--documents", "3", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.glob("*/*")} == {"layer.json", "layer_2.json", "layer_3.json"}
+
+
+def test_results_of_another_command_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["layer", f"--out={tmp_path}"]
+    assert command.main(arguments) == 0
+    (path,) = tmp_path.glob("*/layer.json")
+    assert read(path).command == "python -m benchmarks layer --out=DIR"
+    assert command.main(arguments) == 0
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert command.main([*arguments, "--tokens", "5"]) == 1
+    captured = capsys.readouterr()
+    assert "measuring" not in captured.out
+    assert "--name: got 'layer'" in captured.err
+    assert path.read_bytes() == before
+
+
+def test_a_missing_native_backend_is_said_and_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "missing_backend", missing_backend)
+    monkeypatch.setattr(NativeBackend, "why_unavailable", lambda _: "not compiled")
+    assert command.main(["layer", "--out", str(tmp_path)]) == 0
+    assert "dual_lora is the eager backend: not compiled" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/layer.json")
+    assert read(path).notes == ("dual_lora is the eager backend: not compiled",)
+
+
+def test_a_commit_differs_where_its_code_does(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    git("init")
+    for name in ("README.md", "benchmarks/results/a.json", "benchmarks/command.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = commit(tmp_path)
+    assert clean is not None
+    assert clean[-1] != "+"
+    for name, suffix in (("README.md", ""), ("benchmarks/results/a.json", ""), ("benchmarks/command.py", "+")):
+        (tmp_path / name).write_text("changed")
+        assert commit(tmp_path) == clean + suffix
 
 
 def test_json_is_all_of_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import dual_lora_kernels
+from dual_lora_kernels.backends.native import NativeBackend
 from dual_lora_kernels.doctor import processor
 
 _AMD_DRIVER = Path("/sys/module/amdgpu/version")
@@ -34,12 +35,13 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def commit() -> str | None:
-    """The repository's commit, "+" behind it where tracked files differ; None outside a repository."""
-    ask = ["git", "-C", str(Path(__file__).parent)]
+def commit(root: Path = Path(__file__).parents[2]) -> str | None:
+    """The repository's commit, "+" behind it where tracked code differs; None outside a repository."""
+    ask = ["git", "-C", str(root)]
+    code = ["dual_lora_kernels", "csrc", "benchmarks", ":(exclude)benchmarks/results"]
     try:
         head = subprocess.run([*ask, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        clean = subprocess.run([*ask, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
+        clean = subprocess.run([*ask, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode == 0
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() + ("" if clean else "+")
@@ -112,6 +114,12 @@ def _amd_driver(device: torch.device) -> dict[str, Any]:
     return {"driver": driver, "clock": clock}
 
 
+def missing_backend(device: torch.device) -> str | None:
+    """That ``dual_lora`` is the eager backend on a CPU, and why; None where it is not."""
+    reason = NativeBackend().why_unavailable() if device.type == "cpu" else None
+    return None if reason is None else f"dual_lora is the eager backend: {reason}"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads, load, versions and date.
 
@@ -126,6 +134,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": memory_gib(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "load_average": load_average(),
         "python": platform.python_version(),
         "torch": torch.__version__,

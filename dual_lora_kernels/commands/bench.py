@@ -69,7 +69,7 @@ def import_suite() -> None:
             "of the project's source: run this in a clone of that version"
         )
     if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
+        sys.path.append(str(root))  # last: child processes are to import the package that is installed
     suite = importlib.import_module("benchmarks")
     if suite.__file__ is None or Path(suite.__file__).parents[1].resolve() != root.resolve():
         raise ValueError(f"benchmarks: Python imports another package of this name, {suite.__file__}")
