@@ -15,7 +15,7 @@ from typing import Protocol, cast
 import torch
 from rich.console import Console
 
-from dual_lora_kernels.commands.common import ends_in_words
+from dual_lora_kernels.commands.common import FAILED, ends_in_words
 
 from .harness.environment import environment, load_average, missing_backend
 from .harness.report import print_table
@@ -48,12 +48,18 @@ class Preset(Protocol):
     """One line."""
 
     def add(self, parser: argparse.ArgumentParser) -> None:
-        """Add the preset's own options; ``parser.set_defaults(rounds=…)`` changes a shared one's default."""
+        """Add the preset's own options; ``parser.set_defaults(rounds=…)`` changes a shared one's default.
 
-    def run(self, options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
-        """Measure. `main` fills in what all presets have in common, ``command``, ``self_check`` and the load average.
+        An option by which the preset measures something else gives ``document``, the results' name, another value.
+        """
 
-        `options` has, besides the preset's own, ``threads``, which PyTorch is set to already, ``rounds`` and ``quick``.
+    def run(self, options: argparse.Namespace, console: Console) -> Results | None:
+        """Measure; None where there is nothing to write.
+
+        `main` fills in what all presets have in common, ``command``, ``self_check`` and the load average. `options`
+        has, besides the preset's own, ``threads``, which PyTorch is set to already, ``rounds`` and ``quick``. A preset
+        that goes on where a part of it fails puts what failed into ``options.failed``; it is said at the end, and the
+        exit status is 1.
         """
 
     def table(self, case: Case) -> tuple[str, list[str], list[list[str]]]:
@@ -108,8 +114,9 @@ def _parser(prog: str, preset: Preset) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="small sizes: an impression in a minute or two, written only with --out"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (benchmarks/results/machines)")
-    parser.add_argument("--name", type=_file_name, help="the results' file, without .json (the preset's name)")
+    parser.add_argument("--name", type=_file_name, help="the results' file, without .json (named after the preset)")
     parser.add_argument("--json", action="store_true", help="the results as a JSON object; all else goes to stderr")
+    parser.set_defaults(document=None, failed=None)
     preset.add(parser)
     return parser
 
@@ -151,9 +158,10 @@ def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str)
     root: Path | None = options.out or (None if options.quick else MACHINES)
     torch.set_num_threads(options.threads)
     device: torch.device = getattr(options, "device", torch.device("cpu"))
+    stem: str = options.name or options.document or name
     if root is not None:  # what cannot be written is said before minutes of work
         machine = Results(name, typed, environment(device), ()).machine
-        _refuse_to_replace(root / machine / f"{options.name or name}.json", typed)
+        _refuse_to_replace(root / machine / f"{stem}.json", typed)
         root.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=options.json)
     if not console.is_terminal:
@@ -163,25 +171,31 @@ def _measure(name: str, preset: Preset, options: argparse.Namespace, typed: str)
     for problem in problems:
         console.print(problem, style="bold red", markup=False)
     measured = preset.run(options, console)
-    found = [_completed(results, typed, load_before, seen, problems) for results in measured]
-    for results in found:
-        for case in results.cases:
-            shown = preset.table(case)
-            print_table(*shown, console)
-            said = "\n".join([shown[0], *(cell for row in shown[2] for cell in row)])
-            for subject, measurement in case.subjects.items():
-                if measurement.left_out and measurement.left_out not in said:
-                    console.print(f"left out: {subject}: {measurement.left_out}", markup=False)
-        for note in results.notes:
-            console.print(note, markup=False)
+    found = None if measured is None else _completed(measured, typed, load_before, seen, problems)
+    if found is not None:
+        _show(found, preset, console)
+        if root is not None:
+            console.print(f"written to {write(found, stem, root)}", markup=False)
     if root is None:
         console.print("Nothing was written: --quick without --out")
-    else:
-        for stem, results in _file_names(options.name or name, found).items():
-            console.print(f"written to {write(results, stem, root)}", markup=False)
     if options.json:
-        print(json.dumps([document(results) for results in found], indent=1))
-    return 0
+        print(json.dumps(None if found is None else document(found), indent=1))
+    if options.failed:
+        console.print(f"failed: {options.failed}", style="bold red", markup=False)
+    return FAILED if options.failed else 0
+
+
+def _show(results: Results, preset: Preset, console: Console) -> None:
+    """Every case's table, who was left out of it, and the notes."""
+    for case in results.cases:
+        shown = preset.table(case)
+        print_table(*shown, console)
+        said = "\n".join([shown[0], *(cell for row in shown[2] for cell in row)])
+        for subject, measurement in case.subjects.items():
+            if measurement.left_out and measurement.left_out not in said:
+                console.print(f"left out: {subject}: {measurement.left_out}", markup=False)
+    for note in results.notes:
+        console.print(note, markup=False)
 
 
 def _completed(
@@ -196,8 +210,3 @@ def _completed(
         self_check=dataclasses.asdict(seen),
         notes=(*results.notes, *problems),
     )
-
-
-def _file_names(name: str, found: Sequence[Results]) -> dict[str, Results]:
-    """`name` for the first, and `name` with a number for those after it."""
-    return {name if index == 1 else f"{name}_{index}": results for index, results in enumerate(found, 1)}

@@ -91,7 +91,7 @@ class _RoundStraightThrough(torch.autograd.Function):
 def delta(
     p: torch.Tensor,
     q: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | float,
     sign_function: Callable[[torch.Tensor], torch.Tensor] = sign,
 ) -> torch.Tensor:
     """ΔW = s · max(P, 0) ⊙ sgn(Q). A NaN in P stays one."""

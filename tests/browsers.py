@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from shutil import which
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -24,6 +24,17 @@ _FLAGS = (
     "disable-component-update",
     "disable-sync",
 )
+
+
+class View(NamedTuple):
+    """A window and what its reader prefers."""
+
+    width: int
+    height: int
+    scheme: str
+
+
+PHONE, DESK = (375, 812), (1440, 900)
 
 
 def has_browser() -> bool:
@@ -49,3 +60,16 @@ def chromium() -> Iterator[webdriver.Chrome]:
             yield driver
         finally:
             driver.quit()
+
+
+def look(browser: webdriver.Chrome, address: str, view: View) -> None:
+    """Load the page at `address` as `view` shows it; what was logged before is forgotten."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": view.width, "height": view.height, "deviceScaleFactor": 1, "mobile": view[:2] == PHONE},
+    )
+    scheme = {"name": "prefers-color-scheme", "value": view.scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(address)

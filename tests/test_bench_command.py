@@ -27,19 +27,22 @@ from dual_lora_kernels.commands.bench import import_suite
 ROOT = Path(__file__).parents[1]
 
 
-def _results(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def _results(options: argparse.Namespace, console: Console) -> Results | None:
     console.print("measuring")
     case = Case(
         {"kind": "step", "tokens": options.tokens},
         "floor",
         {"floor": Measurement((1.0, 2.0)), "lora": Measurement((2.0, 4.0))},
     )
-    return (Results("layer", "", environment(torch.device("cpu")), (case,)),) * options.documents
+    options.failed = options.part
+    return None if options.nothing else Results("layer", "", environment(torch.device("cpu")), (case,))
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=3)
-    parser.add_argument("--documents", type=int, default=1)
+    parser.add_argument("--part")
+    parser.add_argument("--nothing", action="store_true")
+    parser.add_argument("--else", dest="document", action="store_const", const="something-else")
     parser.set_defaults(rounds=4)
 
 
@@ -74,9 +77,25 @@ def test_both_commands_measure_show_and_write_the_same(tmp_path: Path, capsys: p
     assert results.cases[0].ratio("lora").median == 2.0
 
 
-def test_several_documents_have_names_of_their_own(tmp_path: Path) -> None:
-    command.main(["layer", "--documents", "3", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.glob("*/*")} == {"layer.json", "layer_2.json", "layer_3.json"}
+def test_what_a_preset_measures_besides_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """It neither replaces the preset's own results nor is refused for them."""
+    for arguments in ([], ["--else"], ["--else", "--name", "mine"]):
+        assert command.main(["layer", *arguments, "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*/*")} == {"layer.json", "something-else.json", "mine.json"}
+
+
+def test_a_part_that_failed_is_the_exit_status_of_a_run_that_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["layer", "--part", "models: no memory", "--out", str(tmp_path)]) == 1
+    assert "failed: models: no memory" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/layer.json"))) == 1
+
+
+def test_where_nothing_was_measured_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["layer", "--nothing", "--json", "--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_results_of_another_command_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +146,7 @@ def test_a_commit_differs_where_its_code_does(tmp_path: Path) -> None:
 def test_json_is_all_of_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["layer", "--json", "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
-    (document,) = json.loads(captured.out)
+    document = json.loads(captured.out)
     assert document["preset"] == "layer"
     assert "measuring" in captured.err
 

@@ -16,10 +16,11 @@ from benchmarks import command
 from benchmarks.harness.report import RESULTS
 from benchmarks.harness.results import Case, read
 from benchmarks.layers import cases, methods, parts
-from benchmarks.layers.cases import DECODE_SUBJECTS, FROZEN, STEP_SUBJECTS, Shape, decode_case, step_case
+from benchmarks.layers.cases import DECODE_SUBJECTS, STEP_SUBJECTS, Shape, decode_case, step_case
 from benchmarks.layers.checks import ALLOWED, Checker, refusal
 from benchmarks.layers.claims import CLAIMS, SEED, Layer
 from benchmarks.layers.layer_step import FLOOR, floor_step, step
+from benchmarks.layers.methods import FROZEN
 from benchmarks.presets import layer as layer_preset
 from dual_lora_kernels import available_backends
 from dual_lora_kernels.backends import resolve_backend
@@ -237,3 +238,19 @@ def test_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     else:
         with pytest.raises(ValueError, match="native"):
             parts.main(arguments)
+
+
+def test_what_pytorch_would_no_longer_compile_is_an_error() -> None:
+    """It would run the module as it is otherwise, and its time would stand for a compiled one's."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x
+
+    module = methods.compiled(Doubled())
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        module(torch.zeros(2))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            module(torch.zeros(3))
+    torch.compiler.reset()

@@ -18,6 +18,7 @@ from benchmarks.checkpoints.merge_checkpoint import Kills, Round, case, merge
 from benchmarks.checkpoints.synthetic import make_adapter, make_base
 from benchmarks.harness.report import RESULTS
 from benchmarks.harness.results import Case, Results, document, every
+from benchmarks.layers import subjects
 from benchmarks.layers.merging import SUBJECTS, merged_weight
 from benchmarks.layers.merging import merging as merges
 from benchmarks.layers.methods import build, frozen_linear
@@ -46,7 +47,7 @@ def _options(*arguments: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_subject_merges_what_it_claims(dtype: str) -> None:
-    (results,) = preset.run(_options("--shape", "24x40", "--dtype", dtype, "--rank", "4"), Console(quiet=True))
+    results = preset.run(_options("--shape", "24x40", "--dtype", dtype, "--rank", "4"), Console(quiet=True))
     jsonschema.validate(_as_json(results), SCHEMA)
     (found,) = results.cases
     assert found.reference == "copy"
@@ -88,7 +89,7 @@ def test_a_subject_that_merges_something_else_is_not_timed(monkeypatch: pytest.M
         return twice if name == "lora" else run
 
     monkeypatch.setattr(preset, "merging", wrong)
-    (results,) = preset.run(_options("--shape", "24x40", "--dtype", "fp32"), Console(quiet=True))
+    results = preset.run(_options("--shape", "24x40", "--dtype", "fp32"), Console(quiet=True))
     lora = results.cases[0].subjects["lora"]
     assert lora.seconds == ()
     assert lora.left_out is not None
@@ -98,7 +99,7 @@ def test_a_subject_that_merges_something_else_is_not_timed(monkeypatch: pytest.M
 @pytest.mark.parametrize("fails", ["merge", "trace"])
 def test_a_subject_that_fails_leaves_the_others(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When it merges, or only when its memory is traced, after it was timed."""
-    right, trace = preset.merging, preset.peak_temporary_bytes
+    right, trace = preset.merging, subjects.peak_temporary_bytes
     failing: list[object] = []
 
     def fail() -> None:
@@ -115,8 +116,8 @@ def test_a_subject_that_fails_leaves_the_others(fails: str, monkeypatch: pytest.
         return fail() if run in failing else trace(run, device)
 
     monkeypatch.setattr(preset, "merging", merging)
-    monkeypatch.setattr(preset, "peak_temporary_bytes", traced)
-    (results,) = preset.run(_options("--shape", "24x40", "--dtype", "fp32"), Console(quiet=True))
+    monkeypatch.setattr(subjects, "peak_temporary_bytes", traced)
+    results = preset.run(_options("--shape", "24x40", "--dtype", "fp32"), Console(quiet=True))
     jsonschema.validate(_as_json(results), SCHEMA)
     (found,) = results.cases
     assert found.subjects["naive"].left_out == "MemoryError: no room"
@@ -150,7 +151,7 @@ def test_on_disk_takes_what_is_asked_for_and_a_name_of_its_own(
     options.quick, options.name = quick, name
     preset.run(options, Console(quiet=True))
     assert seen == [measured]
-    assert options.name == (name or "merge-on-disk")
+    assert (options.name, options.document) == (name, "merge-on-disk")
 
 
 ROUNDS = (Round(2.0, 1.0, 6.0, 20.0, 1000), Round(2.0, 2.0, 8.0, None, 3000))

@@ -11,7 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.harness.results import Measurement
-from benchmarks.layers.methods import LABELS
+from benchmarks.layers import methods
+from benchmarks.layers.methods import LABELS, MERGED, PREPARED
 from benchmarks.models import checks, measure, memory, shapes, subjects
 from benchmarks.models.base import adapted_linears, base_model, random_model, twin
 from benchmarks.models.case import ModelCase
@@ -69,10 +70,10 @@ def test_frozen_weights_are_in_memory_once_and_training_leaves_them(base: str) -
     addresses = {parameter.data_ptr() for parameter in shared.parameters()}
     for name in EAGER if base == "dense" else ("frozen", "lora", "dual_lora"):
         own = subjects.subject_model(shared, name, case)
-        if name not in (subjects.PREPARED, subjects.MERGED):
+        if name not in (PREPARED, MERGED):
             training_step(own, batch(case))()
         frozen = {p.data_ptr() for p in own.parameters() if not p.requires_grad}
-        if name != subjects.MERGED:
+        if name != MERGED:
             assert frozen <= addresses, f"{name} has frozen weights of its own"
     for name, parameter in shared.named_parameters():
         assert torch.equal(parameter, before[name]), f"{name} was changed"
@@ -87,8 +88,8 @@ def test_a_twin_shares_what_it_does_not_change() -> None:
 
 
 def test_a_subject_with_other_trainable_parameters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, _ = subjects._PEFT["lora"]
-    monkeypatch.setitem(subjects._PEFT, "lora", (config, lambda rank: {"r": rank}))
+    config, _ = methods.PEFT_METHODS["lora"]
+    monkeypatch.setitem(methods.PEFT_METHODS, "lora", (config, lambda r1, _: {"r": r1}))
     with pytest.raises(ValueError, match="subject: 'lora' trains 9856 parameters, expected 19712"):
         subjects.subject_model(base_model(SMALL), "lora", SMALL)
     with pytest.raises(ValueError, match="subject: got 'vera', expected one of frozen, "):
@@ -101,7 +102,7 @@ def test_every_subject_computes_what_it_claims(dtype: str) -> None:
     assert refused == {}
     for name in EAGER:
         expected = {checks.LOGITS, checks.EMBEDDED, checks.PARAMETERS, checks.LIKE_NAIVE}
-        if name in (subjects.PREPARED, subjects.MERGED):
+        if name in (PREPARED, MERGED):
             expected -= {checks.EMBEDDED, checks.PARAMETERS}
         if name in ("frozen", "floor", "dual_lora_half"):
             expected.discard(checks.PARAMETERS)
@@ -121,7 +122,8 @@ def test_the_checks_hold_with_checkpointing_on_four_bits_and_in_real_shapes() ->
 
 
 def test_a_subject_that_computes_something_else_is_left_out(monkeypatch: pytest.MonkeyPatch, silent: Console) -> None:
-    monkeypatch.setattr(subjects, "ALPHA", 31.0)  # the claims keep theirs
+    for module in (methods, subjects):
+        monkeypatch.setattr(module, "ALPHA", 31.0)  # the claims keep theirs
     case = train(SMALL, ("frozen", "lora", "dual_lora"), 3, silent, memory=False)
     assert case.timed() == ["floor", "frozen"]
     for name in ("lora", "dual_lora"):
@@ -178,7 +180,7 @@ def test_the_preset_end_to_end(silent: Console) -> None:
     parser.add_argument("--quick", action="store_true")
     preset.add(parser)
     chosen = "--quick --rounds 2 --device cpu --cases train generate --no-memory --new-tokens 2 --rank 4"
-    (results,) = preset.run(parser.parse_args(chosen.split()), silent)
+    results = preset.run(parser.parse_args(chosen.split()), silent)
     assert [case.settings["kind"] for case in results.cases] == ["train", "generate"]
     title, headings, cells = preset.table(results.cases[0])
     assert title == "Training step: llama-h128, 2 layers, fp32, 4 × 32 tokens, r1=r2=4"

@@ -332,7 +332,7 @@ def test_the_preset_measures_every_axis(tmp_path: Path, monkeypatch: pytest.Monk
     preset.add(parser)
     options = parser.parse_args(["--device", "cpu"])
     options.quick, options.rounds = True, 1
-    (results,) = preset.run(options, Console(quiet=True))
+    results = preset.run(options, Console(quiet=True))
     jsonschema.validate(_as_json(results), SCHEMA)
     kinds = [case.settings.get("axis", case.settings["kind"]) for case in results.cases]
     assert kinds == ["rates", "tokens", "size", "rank", "depth"]
@@ -346,7 +346,7 @@ def test_the_preset_measures_every_axis(tmp_path: Path, monkeypatch: pytest.Monk
     assert {len(row) for row in cells} == {len(headings)}
     assert read(write(results, "scale", tmp_path)).cases[1].settings == results.cases[1].settings
     options.axis = ["rank"]
-    assert len(preset.run(options, Console(quiet=True))[0].cases) == 2
+    assert len(preset.run(options, Console(quiet=True)).cases) == 2
 
 
 @pytest.mark.parametrize("layers", [1, 2])

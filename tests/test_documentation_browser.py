@@ -16,9 +16,9 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from . import documentation_site
-from .browsers import chromium
+from .browsers import DESK, PHONE, View, chromium, look
 from .documents import ROOT
-from .test_inspection_browser import DESK, PHONE, View, luminance
+from .test_inspection_browser import luminance
 
 PAGES = [
     *sorted(file.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for file in (ROOT / "docs").rglob("*.md")),
@@ -88,15 +88,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 def show(browser: webdriver.Chrome, address: str, page: str, view: View) -> None:
     """Load `page` as a first visitor sees it in `view`; what was logged before is forgotten."""
     browser.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": address, "storageTypes": "local_storage"})
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": view.width, "height": view.height, "deviceScaleFactor": 1, "mobile": view[:2] == PHONE},
-    )
-    scheme = {"name": "prefers-color-scheme", "value": view.scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.get(f"{address}/{page}")
+    look(browser, f"{address}/{page}", view)
 
 
 def events(browser: webdriver.Chrome) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -23,8 +23,8 @@ MODEL = Case(
      "checkpointing": True},
     "floor",
     {
-        "floor": Measurement((0.5,)),
-        "dual_lora": Measurement((0.55,), bytes={"held": 3 * 2**30, "peak": 2**30}),
+        "floor": Measurement((0.5,), counts={"tokens": 4096}),
+        "dual_lora": Measurement((0.55,), counts={"tokens": 4096}, bytes={"held": 3 * 2**30, "peak": 2**30}),
         "naive": Measurement(left_out="needs about 99.0 GiB"),
     },
 )  # fmt: skip
@@ -69,4 +69,5 @@ def test_a_gpus_layers_and_models_are_shown(results: list[Results]) -> None:
     rows = [line for line in lines if line.startswith("| llama-3.2-1b, 4 × 1024, checkpointed")]
     assert [row.split("|")[2].strip() for row in rows] == ["three products", "**dual_lora_kernels**"]
     assert rows[1].endswith("| **550** | **7,447** | **1.10** | **3,072** | **1,024** |")
+    assert "- dual_lora_kernels, fused, step, graph, 4096 × 14336, 4,096 tokens: ValueError: too large" in lines
     assert "- naive Dual LoRA, llama-3.2-1b, 4 × 1024, checkpointed: needs about 99.0 GiB" in lines

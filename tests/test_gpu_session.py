@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -10,19 +11,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import command
-from benchmarks.gpu import document, failed, session_summary, whole_models
+from benchmarks.gpu import document, session_summary, whole_models
 from benchmarks.gpu.session import FOLDER, MEMORY_METHODS, PARTS
 from benchmarks.harness.environment import environment
 from benchmarks.harness.results import Results, every, read
 from benchmarks.harness.timing import Quartiles
 from benchmarks.layers import layer_cells
 from benchmarks.layers.checks import ALLOWED
+from benchmarks.presets import gpu as preset
 from dual_lora_kernels.backends.triton.architecture import INTERPRETED_FAMILY
 from dual_lora_kernels.tuning.budget import Deadline, part_seconds
 from dual_lora_kernels.tuning.kernel_calls import KERNELS
@@ -114,31 +118,18 @@ def test_a_session_writes_few_files_that_can_be_published(session: Path) -> None
 def test_a_sessions_folder_is_read_as_the_suites_documents(session: Path) -> None:
     (results,) = every("gpu", session.parent)
     assert results == read(session / "gpu.json")
-    assert failed.main([str(session.parent)]) == 0
 
 
-@pytest.mark.parametrize(
-    ("statuses", "status", "said"),
-    [
-        (("complete", "stopped", "not run"), 0, ""),
-        (("complete", "failed", "failed"), 1, "part 1 failed: its reason\npart 2 failed: its reason\n"),
-    ],
-)
-def test_a_failed_part_is_said(
-    statuses: tuple[str, ...], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    summary = tmp_path / "a-gpu" / FOLDER / "summary.json"
-    summary.parent.mkdir(parents=True)
-    parts = {f"part {index}": {"status": each, "reason": "its reason"} for index, each in enumerate(statuses)}
-    summary.write_text(json.dumps({"parts": parts}), encoding="utf-8")
-    assert failed.main([str(tmp_path)]) == status
-    assert capsys.readouterr().out == said
-
-
-def test_a_folder_without_a_session_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        failed.main([str(tmp_path)])
-    assert "with 0 files */session/summary.json, expected one" in capsys.readouterr().err
+@pytest.mark.parametrize(("status", "failed"), [("complete", ""), ("stopped", ""), ("failed", "layers: no memory")])
+def test_a_failed_part_is_told_to_the_command_line(status: str, failed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which then ends with 1; a part that was stopped is no failure."""
+    records = {"layers": {"status": status, "reason": "no memory", "results": {}}}
+    held = SimpleNamespace(records=records, models=[], sizes=SimpleNamespace(interpreted=True))
+    monkeypatch.setattr(preset, "_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(preset, "hold", lambda *_: held)
+    options = argparse.Namespace(out=None, quick=True, tiny=False, minutes=None, rounds=1, failed=None)
+    assert preset.run(options, Console(quiet=True)) is None
+    assert options.failed == failed
 
 
 def test_a_signal_leaves_a_valid_summary(tmp_path: Path) -> None:

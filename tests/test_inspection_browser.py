@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -15,20 +15,10 @@ from selenium import webdriver
 from dual_lora_kernels.inspection.page import render_page
 from dual_lora_kernels.inspection.report import AdapterReport
 
-from .browsers import chromium
+from .browsers import DESK, PHONE, View, chromium, look
 from .reports import HOSTILE, llama_report
 from .test_inspection_page import cells, parsed
 
-
-class View(NamedTuple):
-    """A window and what its reader prefers."""
-
-    width: int
-    height: int
-    scheme: str
-
-
-PHONE, DESK = (375, 812), (1440, 900)
 VIEWS = [View(*size, scheme) for size in (PHONE, DESK) for scheme in ("light", "dark")]
 
 
@@ -107,15 +97,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def show(browser: webdriver.Chrome, page: Path, view: View) -> None:
     """Load `page` as `view` shows it; what was logged before is forgotten."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": view.width, "height": view.height, "deviceScaleFactor": 1, "mobile": view[:2] == PHONE},
-    )
-    scheme = {"name": "prefers-color-scheme", "value": view.scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.get(page.as_uri())
+    look(browser, page.as_uri(), view)
 
 
 def requested(browser: webdriver.Chrome) -> list[str]:

@@ -34,9 +34,9 @@ from dual_lora_kernels.sharding import local_block
 
 from ..harness import report
 from ..harness.environment import environment, load_average, sentence
+from ..harness.report import MEBIBYTE
 from ..harness.resident_memory import resident_growth, return_pages_at_once
 from ..harness.timing import Quartiles, interleaved, quartiles, ratios
-from ..layers.layer_step import MEBIBYTE
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import ALPHA
 from ..models.base import base_model

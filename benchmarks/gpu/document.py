@@ -8,8 +8,9 @@ from typing import Any
 from dual_lora_kernels.tuning.kernel_calls import RANK
 
 from ..harness.results import Case, Measurement
-from ..layers.layer_cells import CELL_LABELS, FROZEN, SUBJECTS
+from ..layers.layer_cells import CELL_LABELS, SUBJECTS
 from ..layers.layer_step import FLOOR
+from ..layers.methods import FROZEN
 
 LABELS = {FROZEN: "F.linear on W0", **{SUBJECTS.get(name, name): label for name, label in CELL_LABELS.items()}}
 

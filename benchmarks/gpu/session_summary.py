@@ -8,10 +8,10 @@ from typing import Any
 
 from ..harness import charts
 from ..harness.environment import sentence
-from ..harness.report import markdown_table
+from ..harness.report import MEBIBYTE, markdown_table
 from ..harness.timing import Quartiles, quartiles, ratios
 from ..layers.layer_cells import CELL_LABELS, LLAMA_8B, MODES
-from ..layers.layer_step import FLOOR, MEBIBYTE
+from ..layers.layer_step import FLOOR
 from ..layers.methods import LABELS
 
 STEP_GOAL, DECODE_GOAL = 1.10, 1.3

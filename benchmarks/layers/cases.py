@@ -24,11 +24,9 @@ from ..harness.timing import interleaved
 from .checks import Checker
 from .claims import SEED, Layer
 from .layer_step import FLOOR, floor_step, step
-from .memory import peak_temporary_bytes
-from .methods import LABELS, METHODS, build, frozen_linear, trainable_parameters
+from .methods import FROZEN, LABELS, MERGED, METHODS, PREPARED, build, frozen_linear, trainable_parameters
 from .subjects import Subjects
 
-FROZEN, PREPARED, MERGED = "frozen", "dual_lora_prepared", "dual_lora_merged"
 STEP_SUBJECTS = tuple(METHODS)
 DECODE_SUBJECTS = ("lora", "dora", "dual_lora_eager", "dual_lora", "dual_lora_peft", PREPARED, MERGED)
 """Besides the reference."""
@@ -104,10 +102,8 @@ def step_case(
         raise RuntimeError(f"{shape}: the floor {found.left_out[FLOOR]}")
     del checker  # its fp64 tensors
     seconds = _timed(found, rounds, device, console)
-    traces: dict[str, dict[str, int]] = {}
-    for name in _shown([name for name in found.runs if name != FLOOR], f"tracing memory, {shape}", console):
-        trace = peak_temporary_bytes(found.runs[name], device)
-        traces[name] = {"temporary": trace.peak_temporary, "peak": trace.peak}
+    others = _shown([name for name in found.runs if name != FLOOR], f"tracing memory, {shape}", console)
+    traces = found.traced(device, ("temporary", "peak"), others)
     return found.case(shape.settings("step"), FLOOR, (FLOOR, *subjects), seconds, traces)
 
 

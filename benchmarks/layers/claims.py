@@ -13,10 +13,10 @@ from functools import partial
 import torch
 
 from dual_lora_kernels.column_sampling import choose, draw_columns
-from dual_lora_kernels.reference import SignStraightThrough
+from dual_lora_kernels.reference import delta
 from dual_lora_kernels.rounding import round_to
 
-from .methods import ALPHA
+from .methods import ALPHA, clipped_sign
 
 SEED = 18
 """Of the parameters' values, and of the columns that sampled gradients come from."""
@@ -129,8 +129,7 @@ def _naive(weight: torch.Tensor, values: Values, layer: Layer, fraction: float =
     if fraction < 1:
         counts = _column_counts(layer, fraction).to(p.dtype)
         p, q = (product + (counts - 1) * (product - product.detach()) for product in (p, q))
-    update: torch.Tensor = torch.relu(p) * SignStraightThrough.apply(q, "clip", 1.0)
-    return weight + ALPHA / layer.rank * update
+    return weight + delta(p, q, ALPHA / layer.rank, clipped_sign)
 
 
 def _dual_lora(weight: torch.Tensor, values: Values, layer: Layer, fraction: float = 1.0) -> torch.Tensor:

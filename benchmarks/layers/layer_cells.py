@@ -23,7 +23,7 @@ from ..harness.timing import interleaved, quartiles, ratios
 from .checks import Checker
 from .claims import SEED, Layer
 from .layer_step import FLOOR, floor_step, step
-from .methods import LABELS, build, frozen_linear
+from .methods import FROZEN, LABELS, build, frozen_linear
 from .subjects import Subjects
 
 STRATEGIES = ("auto", "fused", "panels")
@@ -34,8 +34,6 @@ COMPILED_PEERS = ("dora",)
 """Compiling takes seconds a method, so only the peer that a goal names is compiled too."""
 SUBJECTS = {name: {"auto": "dual_lora"}.get(name, f"dual_lora_{name}") for name in STRATEGIES}
 """A strategy of this package's → the subject; other subjects have one name everywhere."""
-FROZEN = "frozen"
-"""F.linear on W0, the floor of decoding."""
 CELL_LABELS = {
     **{name: f"dual_lora_kernels, {name}" for name in STRATEGIES},
     **{n: LABELS[n] for n in (FLOOR, *SAMPLED, *PEERS)},

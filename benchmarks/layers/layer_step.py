@@ -14,7 +14,6 @@ from torch import nn
 
 from .methods import trainable_parameters
 
-MEBIBYTE = 2**20
 FLOOR = "floor"
 
 

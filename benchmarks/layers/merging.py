@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dual_lora_kernels import DualLoraLinear, dual_lora_merge_
-from dual_lora_kernels.reference import sign
 
 from .methods import NaiveDualLora
 
@@ -53,4 +52,4 @@ def merged_weight(module: nn.Module) -> torch.Tensor:
 
 
 def _merge_naively(module: NaiveDualLora) -> None:
-    module.weight.add_(module.scale * torch.relu(module.B @ module.A) * sign(module.D @ module.C))
+    module.weight.add_(module.update())

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from dual_lora_kernels import DualLoraLinear, dual_lora_linear
-from dual_lora_kernels.reference import SignStraightThrough
+from dual_lora_kernels.reference import SignStraightThrough, delta
 
 ALPHA = 32.0
 """Numerator of the update's scale, for all methods that have one."""
+FROZEN, PREPARED, MERGED = "frozen", "dual_lora_prepared", "dual_lora_merged"
+"""Subjects that are one of ``METHODS`` or made of one, by name: no adapter, W kept in memory, merged."""
 INIT_STD = 0.02
 """Standard deviation of naive Dual LoRA's factors, as `DualLoraLinear`'s default."""
 
@@ -39,6 +41,12 @@ def share(linear: nn.Linear) -> nn.Linear:
     twin = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
     twin.weight = linear.weight
     return twin
+
+
+def clipped_sign(q: torch.Tensor) -> torch.Tensor:
+    """Sign(Q), whose gradient is the paper's: clipped to ±1."""
+    found: torch.Tensor = SignStraightThrough.apply(q, "clip", 1.0)
+    return found
 
 
 class NaiveDualLora(nn.Module):
@@ -61,8 +69,15 @@ class NaiveDualLora(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] → [..., out_features]."""
-        sign = SignStraightThrough.apply(self.D @ self.C, "clip", 1.0)
-        return nn.functional.linear(input, self.weight + self.scale * torch.relu(self.B @ self.A) * sign)
+        return nn.functional.linear(input, self.weight + self.update())
+
+    def update(self) -> torch.Tensor:
+        """ΔW [N, K], with the paper's straight-through estimator."""
+        return delta(self.B @ self.A, self.D @ self.C, self.scale, clipped_sign)
+
+
+Builder = Callable[[nn.Linear, int, int], nn.Module]
+"""(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
 
 
 class EagerDualLora(DualLoraLinear):
@@ -87,37 +102,47 @@ class _Model(nn.Module):
         return output
 
 
-def _peft(linear: nn.Linear, config: str, **options: object) -> nn.Module:
-    """The layer under PEFT's configuration class `config`. ImportError where PEFT, or that class of it, is missing."""
+PEFT_METHODS: dict[str, tuple[str, Callable[[int, int], dict[str, object]]]] = {
+    "lora": ("LoraConfig", lambda r1, r2: {"r": r1 + r2, "lora_alpha": int(ALPHA)}),
+    "dora": ("LoraConfig", lambda r1, r2: {"r": r1 + r2, "lora_alpha": int(ALPHA), "use_dora": True}),
+    "loha": ("LoHaConfig", lambda r1, r2: {"r": (r1 + r2) // 2, "alpha": int(ALPHA)}),
+    "hira": ("HiraConfig", lambda r1, r2: {"r": r1 + r2}),
+}
+"""PEFT's own methods → its configuration class, and what that is given."""
+
+
+def with_peft(model: nn.Module, name: str, r1: int, r2: int, target_modules: str | list[str]) -> nn.Module:
+    """`model` adapted through PEFT, by one of ``PEFT_METHODS`` or ``dual_lora_peft``.
+
+    Raises:
+        ImportError: PEFT, or that class of it, is missing.
+    """
     import peft
 
-    if not hasattr(peft, config):
-        raise ImportError(f"peft {peft.__version__} has no {config}")
-    model: nn.Module = peft.get_peft_model(_Model(linear), getattr(peft, config)(target_modules=["layer"], **options))
-    return model
+    if name == "dual_lora_peft":
+        from dual_lora_kernels.peft import DualLoraConfig
+
+        config = DualLoraConfig(target_modules=target_modules, r1=r1, r2=r2, alpha=ALPHA)
+    else:
+        kind, options = PEFT_METHODS[name]
+        if not hasattr(peft, kind):
+            raise ImportError(f"peft {peft.__version__} has no {kind}")
+        config = getattr(peft, kind)(target_modules=target_modules, **options(r1, r2))
+    logger = logging.getLogger("dual_lora_kernels")
+    was, logger.disabled = logger.disabled, True  # it warns of no warm-up, and nothing is to be trained here
+    try:
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    finally:
+        logger.disabled = was
+    return adapted
 
 
-def _lora(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
-    return _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA))
+def _peft(name: str) -> Builder:
+    return lambda linear, r1, r2: with_peft(_Model(linear), name, r1, r2, ["layer"])
 
 
 def _dual_lora(linear: nn.Linear, r1: int, r2: int, fraction: float = 1.0) -> nn.Module:
     return DualLoraLinear.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA, gradient_columns=fraction)
-
-
-def _dual_lora_peft(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
-    import peft
-
-    from dual_lora_kernels.peft import DualLoraConfig
-
-    config = DualLoraConfig(target_modules=["layer"], r1=r1, r2=r2, alpha=ALPHA)
-    logger = logging.getLogger("dual_lora_kernels")
-    was, logger.disabled = logger.disabled, True  # it warns of no warm-up, and nothing is to be trained here
-    try:
-        model: nn.Module = peft.get_peft_model(_Model(linear), config)
-    finally:
-        logger.disabled = was
-    return model
 
 
 def _frozen(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
@@ -130,33 +155,34 @@ def _full(linear: nn.Linear, r1: int, r2: int) -> nn.Module:
     return linear
 
 
-def _compiled(module: nn.Module) -> nn.Module:
-    """Compiles at its first call; ``torch.compiler.reset()`` before many, of which PyTorch compiles eight otherwise."""
+def compiled(module: nn.Module) -> nn.Module:
+    """Compiles at its first call; ``torch.compiler.reset()`` before many, of which PyTorch compiles eight.
+
+    A ninth is an error from here on: PyTorch would run it as it is, and its time would stand for a compiled one's.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     module.compile(dynamic=False)
     return module
 
 
-Builder = Callable[[nn.Linear, int, int], nn.Module]
-"""(frozen layer, r1, r2) → the layer adapted, in training mode. The frozen layer's weight is shared, not copied."""
-
 METHODS: dict[str, Builder] = {
-    "frozen": _frozen,
+    FROZEN: _frozen,
     "full": _full,
-    "lora": _lora,
-    "lora_compiled": lambda linear, r1, r2: _compiled(_lora(linear, r1, r2)),
-    "dora": lambda linear, r1, r2: _peft(linear, "LoraConfig", r=r1 + r2, lora_alpha=int(ALPHA), use_dora=True),
-    "loha": lambda linear, r1, r2: _peft(linear, "LoHaConfig", r=(r1 + r2) // 2, alpha=int(ALPHA)),
-    "hira": lambda linear, r1, r2: _peft(linear, "HiraConfig", r=r1 + r2),
+    "lora": _peft("lora"),
+    "lora_compiled": lambda linear, r1, r2: compiled(_peft("lora")(linear, r1, r2)),
+    "dora": _peft("dora"),
+    "loha": _peft("loha"),
+    "hira": _peft("hira"),
     "naive": NaiveDualLora,
-    "naive_compiled": lambda linear, r1, r2: _compiled(NaiveDualLora(linear, r1, r2)),
+    "naive_compiled": lambda linear, r1, r2: compiled(NaiveDualLora(linear, r1, r2)),
     "dual_lora_eager": lambda linear, r1, r2: EagerDualLora.from_linear(linear, r1=r1, r2=r2, alpha=ALPHA),
     "dual_lora": _dual_lora,
-    "dual_lora_peft": _dual_lora_peft,
+    "dual_lora_peft": _peft("dual_lora_peft"),
     "dual_lora_half": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 2),
     "dual_lora_quarter": lambda linear, r1, r2: _dual_lora(linear, r1, r2, 1 / 4),
 }
 LABELS = {
-    "frozen": "frozen base, no adapter",
+    FROZEN: "frozen base, no adapter",
     "floor": "three products",
     "full": "full fine-tuning",
     "lora": "PEFT LoRA",
@@ -173,8 +199,8 @@ LABELS = {
     "dual_lora_panels": "dual_lora_kernels, panels",
     "dual_lora_half": "dual_lora_kernels, 1/2 of the columns",
     "dual_lora_quarter": "dual_lora_kernels, 1/4 of the columns",
-    "dual_lora_prepared": "dual_lora_kernels, prepared",
-    "dual_lora_merged": "dual_lora_kernels, merged",
+    PREPARED: "dual_lora_kernels, prepared",
+    MERGED: "dual_lora_kernels, merged",
     "copy": "copy of the weight",
     "new_copy": "copy into new memory",
     "cp": "cp",

@@ -10,7 +10,6 @@ gradients with the product Gᵀ X that H comes from. They run over the panels th
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", type=shape, default=(4096, 4096), metavar="OUTxIN", help="(4096x4096)")
     parser.add_argument("--tokens", type=count, default=512, help="M (512)")
     parser.add_argument("--rank", type=count, default=16, help="r1 = r2 (16)")
-    parser.add_argument("--threads", type=count, default=os.cpu_count(), help="CPU threads (all cores)")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--rounds", type=count, default=7, help="timed rounds (7)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
+
 from ..harness.results import Case, Measurement, Setting
 from .checks import refusal
+from .memory import peak_temporary_bytes
 
 
 @dataclass
@@ -37,6 +40,18 @@ class Subjects:
             self.runs[name] = run
         else:
             self.left_out[name] = reason
+
+    def traced(
+        self, device: torch.device, kinds: Sequence[str], names: Iterable[str] | None = None
+    ) -> dict[str, dict[str, int]]:
+        """Bytes by the allocator of one run of each of `names`, by default all; `kinds`: ``temporary``, ``peak``."""
+        found = {}
+        for name in list(self.runs) if names is None else names:
+            with self.unless_it_fails(name):
+                trace = peak_temporary_bytes(self.runs[name], device)
+                sizes = {"temporary": trace.peak_temporary, "peak": trace.peak}
+                found[name] = {kind: sizes[kind] for kind in kinds}
+        return found
 
     def case(
         self,

@@ -19,12 +19,14 @@ from torch.func import functional_call
 
 from ..layers.checks import Checker, refusal
 from ..layers.claims import CLAIMS, Layer
+from ..layers.layer_step import FLOOR
+from ..layers.methods import FROZEN, MERGED, PREPARED
 from .base import adapted_linears, base_model
 from .case import NF4, ModelCase
 from .quiet import quiet_libraries
 from .shapes import TINY
 from .steps import batch
-from .subjects import FLOOR, FROZEN, FULL, MERGED, PREPARED, dense, llama, subject_model
+from .subjects import FULL, dense, llama, subject_model
 
 LOGITS, EMBEDDED, PARAMETERS = "logits", "gradient of the embedded tokens", "gradient of the parameters"
 LIKE_NAIVE = "logits as naive Dual LoRA's"

@@ -14,6 +14,8 @@ from rich.progress import track
 
 from ..harness.results import Case, Measurement, Setting
 from ..harness.timing import Seconds, interleaved
+from ..layers.layer_step import FLOOR
+from ..layers.methods import FROZEN
 from .base import base_model
 from .case import ModelCase
 from .checks import checked
@@ -21,7 +23,7 @@ from .memory import Room, step_memory_apart
 from .quiet import quiet_libraries
 from .shares import shares
 from .steps import batch, generation, training_step
-from .subjects import FLOOR, FROZEN, dense, expected_trainable, subject_model
+from .subjects import dense, expected_trainable, subject_model
 
 
 @dataclass

@@ -13,12 +13,14 @@ from torch import nn
 import dual_lora_kernels
 
 from ..harness.resident_memory import resident_growth, return_pages_at_once
+from ..layers.layer_step import FLOOR
 from ..layers.memory import peak_temporary_bytes
+from ..layers.methods import MERGED, PREPARED
 from .base import base_model
 from .case import ModelCase
 from .quiet import quiet_libraries
 from .steps import batch, training_step
-from .subjects import FLOOR, FULL, MERGED, PREPARED, dense, expected_trainable, subject_model
+from .subjects import FULL, dense, expected_trainable, subject_model
 
 GIBIBYTE = 2**30
 _PRELOADED = ["benchmarks.models.memory", "peft"]

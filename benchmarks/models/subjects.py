@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,27 +13,30 @@ from torch import nn
 from dual_lora_kernels import DualLoraConfig, apply_dual_lora, merge_dual_lora
 from dual_lora_kernels.linear import dual_lora_layers
 
-from ..layers.methods import ALPHA, build, trainable_parameters
+from ..layers.layer_step import FLOOR
+from ..layers.methods import (
+    ALPHA,
+    FROZEN,
+    MERGED,
+    PEFT_METHODS,
+    PREPARED,
+    build,
+    compiled,
+    trainable_parameters,
+    with_peft,
+)
 from .base import replace_linears, twin
 from .case import DENSE, ModelCase
 from .floor import floor_model
 
-FROZEN, FLOOR, FULL = "frozen", "floor", "full"
-PREPARED, MERGED = "dual_lora_prepared", "dual_lora_merged"
-_PEFT: Mapping[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
-    "lora": ("LoraConfig", lambda rank: {"r": 2 * rank, "lora_alpha": ALPHA}),
-    "dora": ("LoraConfig", lambda rank: {"r": 2 * rank, "lora_alpha": ALPHA, "use_dora": True}),
-    "loha": ("LoHaConfig", lambda rank: {"r": rank, "alpha": ALPHA}),
-    "hira": ("HiraConfig", lambda rank: {"r": 2 * rank}),
-}
-"""Methods of PEFT → its configuration and what it is given, from r1 = r2."""
+FULL = "full"
 _COLUMNS = {"dual_lora": 1.0, "dual_lora_half": 1 / 2}
 _COMPILED = {"lora_compiled": "lora", "naive_compiled": "naive"}
 _ADAPTED_AS = {**_COMPILED, PREPARED: "dual_lora", MERGED: "dual_lora"}
 """Subjects that are another one's adapter, with something done to it."""
 _REPLACED = ("naive", "dual_lora_eager")
 TRAINED = (
-    FROZEN, FLOOR, FULL, *_PEFT, "lora_compiled", "naive", "naive_compiled", "dual_lora_eager", "dual_lora",
+    FROZEN, FLOOR, FULL, *PEFT_METHODS, "lora_compiled", "naive", "naive_compiled", "dual_lora_eager", "dual_lora",
     "dual_lora_peft", "dual_lora_half",
 )  # fmt: skip
 """The subjects of a training step."""
@@ -82,7 +85,7 @@ def _built(base: nn.Module, subject: str, rank: int, values: Callable[[nn.Module
             layer.prepare()
     if subject in _COMPILED:
         for block in llama(model).model.layers:
-            block.compile(dynamic=False)  # each by itself: they are alike, and Inductor compiles one
+            compiled(block)  # each by itself: they are alike, and Inductor compiles one
     return model
 
 
@@ -96,25 +99,9 @@ def _adapted(model: nn.Module, subject: str, rank: int) -> nn.Module:
     if subject in _REPLACED:
         replace_linears(model, lambda linear: build(subject, linear, rank, rank))
         return model
-    if subject in _PEFT or subject == "dual_lora_peft":
-        return _by_peft(model, subject, rank)
+    if subject in PEFT_METHODS or subject == "dual_lora_peft":
+        return with_peft(model, subject, rank, rank, "all-linear")
     raise ValueError(f"subject: got {subject!r}, expected one of {', '.join((*TRAINED, PREPARED, MERGED))}")
-
-
-def _by_peft(model: nn.Module, subject: str, rank: int) -> nn.Module:
-    import peft
-
-    if subject == "dual_lora_peft":
-        from dual_lora_kernels.peft import DualLoraConfig as PeftDualLoraConfig
-
-        config = PeftDualLoraConfig(r1=rank, r2=rank, alpha=ALPHA, target_modules="all-linear")
-    else:
-        name, options = _PEFT[subject]
-        if not hasattr(peft, name):
-            raise ImportError(f"peft {peft.__version__} has no {name}")
-        config = getattr(peft, name)(target_modules="all-linear", **options(rank))
-    adapted: nn.Module = peft.get_peft_model(model, config)
-    return adapted
 
 
 def dense(case: ModelCase) -> ModelCase:

@@ -22,12 +22,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     layer_options.add(parser)
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def run(options: argparse.Namespace, console: Console) -> Results:
     """Measure the layers that the options name, or 1, 4 and 16 tokens through the preset's."""
     about = environment(options.device)
     wanted, notes = _wanted(options)
     cases = tuple(decode_case(shape, rounds=options.rounds, device=options.device, console=console) for shape in wanted)
-    return (Results("decode", "", about, cases, notes=notes),)
+    return Results("decode", "", about, cases, notes=notes)
 
 
 def _wanted(options: argparse.Namespace) -> tuple[list[Shape], tuple[str, ...]]:

@@ -49,7 +49,7 @@ def _minutes(text: str) -> float:
     return value
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def run(options: argparse.Namespace, console: Console) -> Results | None:
     """Hold the session; ``summary.json``, ``summary.md`` and plots go into ``session`` beside the document.
 
     Raises:
@@ -65,12 +65,14 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
     minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
     held = hold(device, TINY if options.tiny else Sizes(), minutes, options.rounds, folder, console)
     _say_goals(held, console)
+    failed = {key: record["reason"] for key, record in held.records.items() if record["status"] == "failed"}
+    options.failed = "; ".join(f"{key}: {reason}" for key, reason in failed.items())
     cells = held.records["layers"]["results"].get("cells", [])
     cases = (*document.layer_cases(cells), *held.models)
     if not cases:
         console.print("no layer and no model was measured, so there is no document of them")
-        return ()
-    return (Results("gpu", "", about, cases, notes=(*_remarks(held), *NOTES)),)
+        return None
+    return Results("gpu", "", about, cases, notes=(*_remarks(held), *NOTES))
 
 
 def _device(options: argparse.Namespace) -> torch.device:

@@ -45,7 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def run(options: argparse.Namespace, console: Console) -> Results:
     """Measure the layers that the options name, or the preset's."""
     about = environment(options.device)
     wanted, notes = _wanted(options)
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
         step_case(shape, options.subjects or subjects, rounds=options.rounds, device=options.device, console=console)
         for shape, subjects in wanted
     )
-    return (Results("layer", "", about, cases, notes=notes),)
+    return Results("layer", "", about, cases, notes=notes)
 
 
 def _wanted(options: argparse.Namespace) -> tuple[list[tuple[Shape, tuple[str, ...]]], tuple[str, ...]]:

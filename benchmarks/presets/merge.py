@@ -10,11 +10,11 @@ from rich.console import Console
 
 from ..checkpoints import merge_checkpoint
 from ..harness.environment import DTYPE_NAMES, environment
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case, Measurement, Results, Setting
 from ..harness.timing import interleaved
 from ..layers.checks import Checker
 from ..layers.claims import Layer
-from ..layers.memory import peak_temporary_bytes
 from ..layers.merging import COPY, SUBJECTS, copying, merged_weight, merging
 from ..layers.methods import LABELS, build, frozen_linear
 from ..layers.subjects import Subjects
@@ -27,7 +27,6 @@ QUICK_SHAPES = ((256, 512),)
 DEPTH, QUICK_DEPTH = 10, 1
 KILLS, QUICK_KILLS = 50, 2
 DISK_NAME = "merge-on-disk"
-"""Of a checkpoint's document: both kinds of one machine are to be shown."""
 NOTES = (
     "Each subject merges into a weight of its own, in every round once more. PEFT's merge without its check for NaNs; "
     "dual_lora_merge_ first checks that nothing overflows. Before that, 64 columns of the merged weight were compared "
@@ -40,7 +39,13 @@ DISK_NOTES = (
     "size rose. verified_seconds: of one merge with --verify.",
 )
 _CHECKED_COLUMNS = 64
-_MEBIBYTE = 2**20
+
+
+class _OnDisk(argparse.Action):
+    """Keep the folder, and give the results a name of their own: a machine's of both kinds are to be shown."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        namespace.on_disk, namespace.document = values, DISK_NAME
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +58,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", type=count, default=16, help="r1 = r2; other methods' ranks follow (%(default)s)")
     parser.add_argument(
-        "--on-disk", type=Path, metavar="FOLDER", help="merge a checkpoint instead, in a folder with room for three"
-    )
+        "--on-disk", type=Path, metavar="FOLDER", action=_OnDisk,
+        help="merge a checkpoint instead, in a folder with room for three",
+    )  # fmt: skip
     parser.add_argument(
         "--depth", type=count, help=f"the checkpoint's layers, of 436 MB each ({DEPTH}; with --quick {QUICK_DEPTH})"
     )
@@ -62,17 +68,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
-    """Measure one or the other. A checkpoint's document has a name of its own, where none is asked for."""
+def run(options: argparse.Namespace, console: Console) -> Results:
+    """Measure one or the other."""
     if options.on_disk is not None:
         if not options.on_disk.is_dir():
             raise ValueError(f"--on-disk: got {str(options.on_disk)!r}, expected a folder")
         about = environment(torch.device("cpu"))
-        options.name = options.name or DISK_NAME
         depth = options.depth or (QUICK_DEPTH if options.quick else DEPTH)
         kills = options.kills or (QUICK_KILLS if options.quick else KILLS)
         disk = merge_checkpoint.measure(options.on_disk, depth, options.rank, options.rounds, kills, console)
-        return (Results("merge", "", about, (disk,), notes=DISK_NOTES),)
+        return Results("merge", "", about, (disk,), notes=DISK_NOTES)
     about = environment(options.device)
     shapes = options.shape or (QUICK_SHAPES if options.quick else SHAPES)
     cases = tuple(
@@ -80,7 +85,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
         for dtype in options.dtype
         for rows, columns in shapes
     )
-    return (Results("merge", "", about, cases, notes=NOTES),)
+    return Results("merge", "", about, cases, notes=NOTES)
 
 
 def _measure(
@@ -103,10 +108,7 @@ def _measure(
             errors = checker.errors(name, [merged_weight(module)[:, some].t()])
             found.decide(name, {"weight": errors["output"]}, call)
     seconds = interleaved(found.runs, rounds=rounds, warmup=1, device=device, console=console)
-    traces: dict[str, dict[str, int]] = {}
-    for name, run in list(found.runs.items()):
-        with found.unless_it_fails(name):
-            traces[name] = {"peak": peak_temporary_bytes(run, device).peak}
+    traces = found.traced(device, ("peak",))
     settings: dict[str, Setting] = {
         "kind": "merge", "dtype": dtype, "out_features": rows, "in_features": columns, "rank": rank, "base": "dense",
     }  # fmt: skip
@@ -133,6 +135,6 @@ def _row(case: Case, name: str, measured: Measurement) -> list[str]:
     if measured.left_out is not None:
         return [LABELS[name], measured.left_out, "–", "–", "–"]
     ratio = case.ratio(name)
-    memory = next((f"{size / _MEBIBYTE:,.1f}" for size in measured.bytes.values()), "–")
+    memory = next((f"{size / MEBIBYTE:,.1f}" for size in measured.bytes.values()), "–")
     times = f"{case.seconds(name).median * 1e3:,.1f}", f"{ratio.median:.2f}", f"{ratio.lower:.2f} to {ratio.upper:.2f}"
     return [LABELS[name], *times, memory]

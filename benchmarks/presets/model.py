@@ -12,12 +12,13 @@ from rich.console import Console
 from dual_lora_kernels.products import product_dtype
 
 from ..harness.environment import DTYPE_NAMES, environment, installed
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case, Results
-from ..layers.methods import LABELS
+from ..layers.methods import FROZEN, LABELS
 from ..models.case import NF4, ModelCase
 from ..models.measure import generate, train
 from ..models.shapes import REAL, shape
-from ..models.subjects import FROZEN, GENERATING, ON_NF4, TRAINED
+from ..models.subjects import GENERATING, ON_NF4, TRAINED
 from .arguments import add_device, count
 from .arguments import dtype as dtype_name
 
@@ -38,7 +39,6 @@ NOTES = (
     "step. resident: how far the process's resident size rose in one. Each subject has a process of its own for these.",
     "generate: greedily, batch 1, with a cache of keys and values, the prompt's pass included.",
 )
-_MEBIBYTE = 2**20
 _MEMORY = ("held", "peak", "resident")
 
 
@@ -73,12 +73,12 @@ def _model(text: str) -> str:
     return text
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def run(options: argparse.Namespace, console: Console) -> Results:
     """Measure the cases that were asked for."""
     about = environment(options.device)
     remarks: list[str] = []
     cases = tuple(_cases(options, console, remarks))
-    return (Results("model", "", about, cases, notes=(*NOTES, *remarks)),)
+    return Results("model", "", about, cases, notes=(*NOTES, *remarks))
 
 
 def _cases(options: argparse.Namespace, console: Console, remarks: list[str]) -> Iterator[Case]:
@@ -153,7 +153,7 @@ def table(case: Case) -> tuple[str, list[str], list[list[str]]]:
 
 def _row(case: Case, name: str, memory: list[str]) -> list[str]:
     measured, seconds = case.subjects[name], case.seconds(name).median
-    sizes = [f"{measured.bytes[each] / _MEBIBYTE:,.0f}" if each in measured.bytes else "–" for each in memory]
+    sizes = [f"{measured.bytes[each] / MEBIBYTE:,.0f}" if each in measured.bytes else "–" for each in memory]
     return [
         LABELS.get(name, name), f"{seconds * 1e3:,.0f}", f"{measured.counts['tokens'] / seconds:,.1f}",
         f"{case.ratio(name).median:.3f}", f"{measured.trainable:,}", *sizes,

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from ..harness.environment import DTYPE_NAMES, environment
+from ..harness.report import MEBIBYTE
 from ..harness.results import Case, Measurement, Results, Setting
 from ..harness.timing import interleaved
 from ..layers.checks import Checker
 from ..layers.claims import Layer
 from ..layers.layer_step import FLOOR, step
-from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import LABELS, trainable_parameters
 from ..layers.subjects import Subjects
 from ..scale import rates
@@ -34,7 +34,6 @@ NOTES = (
     "rates: three products of a 2048² layer and 512 tokens, a copy of its weight, one of a "
     "4096² weight into new memory, merging, and operations on a single number, forward and backward.",
 )
-_MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
+def run(options: argparse.Namespace, console: Console) -> Results:
     """Measure the machine's rates, then every point of the axes that were asked for."""
     device: torch.device = options.device
     dtype = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
@@ -107,7 +106,7 @@ def run(options: argparse.Namespace, console: Console) -> tuple[Results, ...]:
     for index, point in enumerate(points, 1):
         console.print(f"{index} of {len(points)}: {describe(point.settings(dtype))}", style="dim", highlight=False)
         cases.append(_measure(point, dtype, device, options.rounds, console))
-    return (Results("scale", "", about, tuple(cases), notes=NOTES),)
+    return Results("scale", "", about, tuple(cases), notes=NOTES)
 
 
 def _measure(point: Point, dtype: str, device: torch.device, rounds: int, console: Console) -> Case:
@@ -133,10 +132,7 @@ def _measure(point: Point, dtype: str, device: torch.device, rounds: int, consol
         raise RuntimeError(f"{describe(point.settings(dtype))}: the floor {found.left_out[FLOOR]}")
     del checker  # with the truths, several times as large as the layer
     seconds = interleaved(found.runs, rounds=rounds, warmup=1, device=device, console=console)
-    traces: dict[str, dict[str, int]] = {}
-    for name, run in list(found.runs.items()):
-        with found.unless_it_fails(name):
-            traces[name] = {"temporary": peak_temporary_bytes(run, device).peak_temporary}
+    traces = found.traced(device, ("temporary",))
     return found.case(point.settings(dtype), FLOOR, SUBJECTS, seconds, traces)
 
 
@@ -181,5 +177,5 @@ def _row(case: Case, name: str, measured: Measurement) -> list[str]:
     ratio = case.ratio(name)
     return [
         LABELS[name], f"{case.seconds(name).median * 1e3:,.2f}", f"{ratio.median:.2f}",
-        f"{ratio.lower:.2f} to {ratio.upper:.2f}", f"{measured.bytes['temporary'] / _MEBIBYTE:,.1f}",
+        f"{ratio.lower:.2f} to {ratio.upper:.2f}", f"{measured.bytes['temporary'] / MEBIBYTE:,.1f}",
     ]  # fmt: skip

@@ -9,8 +9,8 @@ from ..gpu.document import LABELS as LAYER_LABELS
 from ..harness.results import Case
 from ..layers.layer_cells import MODES
 from ..layers.methods import LABELS
+from .models import tokens_per_second
 from .shown import (
-    MISSING,
     Machine,
     left_out,
     machines,
@@ -53,7 +53,8 @@ def _of_machine(machine: Machine) -> Iterator[str]:
     if models:
         yield "Training step of whole models, bf16:"
         yield _models(models)
-    if missing := list(dict.fromkeys(left_out(models, _model))):
+    layers = [case for case in machine.cases.values() if case.settings["kind"] in _KINDS]
+    if missing := list(dict.fromkeys([*left_out(layers, _layer), *left_out(models, _model)])):
         yield "Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in missing)
     yield "Measured by:\n\n" + sources(machine.runs)
 
@@ -66,6 +67,10 @@ def _order(case: Case) -> tuple[int, int, int, int]:
         int(about["in_features"]),
         int(about["tokens"]),
     )
+
+
+def _layer(case: Case) -> str:
+    return f"{case.settings['kind']}, {case.settings['mode']}, {size(case)}, {tokens(case)}"
 
 
 def _layers(cases: list[Case]) -> str:
@@ -93,7 +98,7 @@ def _models(cases: list[Case]) -> str:
                 _model(case),
                 own(name, LABELS[name]),
                 own(name, milliseconds(case, name)),
-                own(name, _tokens_per_second(case, name)),
+                own(name, tokens_per_second(case, name)),
                 own(name, ratio(case, name)),
                 own(name, mebibytes(case, name, "held")),
                 own(name, mebibytes(case, name, "peak")),
@@ -102,11 +107,6 @@ def _models(cases: list[Case]) -> str:
             for name in case.timed()
         ),
     )
-
-
-def _tokens_per_second(case: Case, name: str) -> str:
-    seconds = case.seconds(name).median
-    return f"{int(case.settings['tokens']) / seconds:,.0f}" if seconds else MISSING
 
 
 def _model(case: Case) -> str:

@@ -23,8 +23,9 @@ from dual_lora_kernels import quantised_weight
 
 from ..harness import charts, report
 from ..harness.environment import DTYPE_NAMES, environment, load_average, sentence
+from ..harness.report import MEBIBYTE
 from ..harness.timing import Quartiles, interleaved, quartiles
-from ..layers.layer_step import MEBIBYTE, floor_step, step
+from ..layers.layer_step import floor_step, step
 from ..layers.memory import peak_temporary_bytes
 from ..layers.methods import trainable_parameters
 from .bases import LABELS, METHODS, dequantised, nf4_linear

@@ -23,8 +23,8 @@ from torch import nn
 
 from ..harness import report
 from ..harness.environment import environment, load_average, sentence
+from ..harness.report import MEBIBYTE
 from ..harness.timing import Quartiles, interleaved, quartiles, ratios
-from ..layers.layer_step import MEBIBYTE
 from ..layers.memory import peak_temporary_bytes
 from ..models.base import base_model, replace_linears
 from ..models.case import ModelCase
